@@ -116,7 +116,7 @@ class Rollout:
 
 @dataclasses.dataclass(frozen=True)
 class TeacherContext:
-    """What the teacher sees for one rollout; `prompt_tokens` is None when it has no privileged view.
+    """What the teacher sees for one rollout; `prompt_tokens` is None without a privileged view.
 
     `kind` names the branch taken (demonstration, solution, feedback, instruction, none) and
     `text` is the rendered prompt before tokenisation, kept for the log.

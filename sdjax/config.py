@@ -1,0 +1,448 @@
+"""The base config: every field once, with unit and origin; and the check that names a bad one.
+
+A config file (configs/*.py) states only what differs from `base()`. Any field can be overridden on
+the command line (`--config.teacher.ema_rate=0.05`). [P] marks the value of the paper that we follow
+(arXiv 2603.24472, Tables 8-11), [S] the released SDPO scripts, [o] our own choice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+MODES = ("train", "sft", "evaluate", "generate", "analyze", "plan", "doctor", "check_rewards")
+
+
+def base() -> ConfigDict:
+    """The complete config with the paper's SDPO defaults; fields cannot be added afterwards."""
+    c = ConfigDict()
+    c.mode = "train"  # what sdjax.main does, one of MODES
+    c.seed = 0  # everything random follows from it and the step index
+    c.model = _model()
+    c.mesh = _mesh()
+    c.data = _data()
+    c.batch = _batch()
+    c.sampling = _sampling()
+    c.rollout = _rollout()
+    c.reward = _reward()
+    c.objective = _objective()
+    c.teacher = _teacher()
+    c.optimizer = _optimizer()
+    c.train = _train()
+    c.guard = _guard()
+    c.eval = _eval()
+    c.checkpoint = _checkpoint()
+    c.log = _log()
+    c.sft = _sft()
+    c.generate = _generate()
+    c.analysis = _analysis()
+    c.plan = _plan()
+    c.profile = _profile()
+    c.distributed = _distributed()
+    c.lock()
+    return c
+
+
+def _model() -> ConfigDict:
+    m = ConfigDict()
+    m.path = "tiny"  # folder, hub name, gs:// path, or "tiny" for the packaged model
+    m.compute_dtype = "auto"  # matmul inputs: float32, bfloat16; auto = bfloat16 off the CPU
+    m.attention = "auto"  # xla, splash (TPU), cudnn (GPU), reference; auto by backend
+    m.remat = "full"  # what the backward pass recomputes per layer: none, dots, full
+    m.lora = ConfigDict()
+    m.lora.rank = 0  # 0 trains all parameters; OPSD uses 64
+    m.lora.alpha = 128.0  # adapters are scaled by alpha / rank
+    m.lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # projections with an adapter
+    m.lora.dropout = 0.0  # on the adapter's input
+    return m
+
+
+def _mesh() -> ConfigDict:
+    m = ConfigDict()
+    m.data = -1  # replicas; -1 = all devices that the other axes leave
+    m.fsdp = 1  # splits parameters and rows
+    m.tensor = 1  # splits heads, feed-forward and vocabulary
+    m.context = 1  # splits long sequences
+    return m
+
+
+def _data() -> ConfigDict:
+    d = ConfigDict()
+    d.name = "synthetic"  # a source of sdjax.data.problems
+    d.path = ""  # local file or folder of that source; empty = hub or SDJAX_DATA
+    d.subset_size = placeholder(int)  # task coverage |D| [P Sec. 6.2]; None = all problems
+    d.enable_thinking = True  # passed to the chat template [P: on]
+    d.system = placeholder(str)  # system message; None = the template's own default
+    d.chat_template = placeholder(str)  # Jinja text for tokenizers without a template
+    d.max_prompt_len = 2048  # tokens [P Table 8]
+    d.on_long_prompt = "drop"  # prompts over the limit: drop (counted) or truncate from the left
+    return d
+
+
+def _batch() -> ConfigDict:
+    b = ConfigDict()
+    b.prompts = 256  # problems per training batch [P Table 8]
+    b.mini_prompts = 128  # problems per optimizer step [P: 64 or 128]; must divide prompts
+    b.group_size = 8  # G, responses per problem [P Table 8]
+    b.row_len = 0  # tokens of a packed student row; 0 = the longest that may occur
+    b.teacher_row_len = 0  # the same for teacher rows
+    b.micro_rows = 0  # rows per forward pass over all devices; 0 = one per device
+    return b
+
+
+def _sampling() -> ConfigDict:
+    s = ConfigDict()
+    s.temperature = 1.0  # [P Table 8]; the loss divides logits by the same number
+    s.top_p = 1.0  # [S]
+    s.top_k = 0  # 0 = off [S]
+    s.min_p = 0.0  # 0 = off
+    s.max_new_tokens = 20480  # response limit in tokens [P Table 8]
+    return s
+
+
+def _rollout() -> ConfigDict:
+    r = ConfigDict()
+    r.slots = 64  # responses decoded at the same time over all devices
+    r.chunk = 32  # decode steps per call from the host
+    r.cache_dtype = "auto"  # KV cache: auto = compute dtype, float32, bfloat16, int8
+    return r
+
+
+def _reward() -> ConfigDict:
+    r = ConfigDict()
+    r.name = "math"  # a reward of sdjax.rewards, or "package.module:function"
+    r.workers = 2  # verifier processes per host
+    r.deadline_s = 2.0  # seconds per answer before its worker is killed
+    r.memory_mb = 1024  # memory limit of a worker
+    return r
+
+
+def _objective() -> ConfigDict:
+    o = ConfigDict()
+    o.pg_coef = 0.0  # c_pg, weight of the policy-gradient loss; GRPO 1
+    o.distill_coef = 1.0  # c_d, weight of the distillation loss; SDPO 1
+    o.kl_coef = 0.0  # weight of the KL to the initial policy [P Table 9: 0]
+    o.entropy_coef = 0.0  # weight of the entropy bonus [S: 0]
+    o.loss_agg = "rows-incl-masked"  # METHODS 1.3: what the released scripts really compute
+    # Policy gradient [P Table 9]
+    o.clip_low = 0.2  # eps_low
+    o.clip_high = 0.28  # eps_high, "clip-higher"
+    o.dual_clip = 3.0  # c of dual clip; inf = off
+    o.norm_adv_by_std = False  # the paper's GRPO is mean-centred only [S]
+    o.kl_estimator = "k3"  # k1, k2, k3 or abs
+    # Distillation [P Table 10]
+    o.alpha = 0.5  # JSD mixture; 0 forward KL, 1 reverse KL
+    o.support = "student_topk"  # student_topk, teacher_topk, full, sampled
+    o.distillation_topk = 100  # K
+    o.add_tail = True  # one bucket for the mass outside the top-k; False renormalises
+    o.elem_clip = math.inf  # OPSD's clip of each vocabulary term
+    o.token_clip = math.inf  # clip of the whole token's divergence
+    o.skip_first = 0  # response tokens at the start that are not distilled
+    o.prefix_len = 0  # distil only so many first tokens; 0 = all
+    # Importance weights
+    o.is_clip = 2.0  # cap of exp(student_logp - old_logp) in distillation; inf = 1 never cut
+    o.rollout_is_clip = 2.0  # cap of exp(old_logp - sampler_logp) on both losses [P Table 9]
+    o.rollout_is_level = "token"  # token or sequence
+    o.allow_truncated_sampling = False  # importance ratios with top-p/top-k sampling are biased
+    o.chunk = 0  # response slots per head chunk; 0 = chosen from the vocabulary
+    return o
+
+
+def _teacher() -> ConfigDict:
+    t = ConfigDict()
+    t.kind = "ema"  # fixed, ema, snapshot, live, trust_region
+    t.ema_rate = 0.0  # r: teacher <- (1-r) teacher + r student per batch [P Table 10: 0 = fixed]
+    t.snapshot_every = 50  # steps between copies (kind snapshot)
+    t.trust_mix = 0.05  # r of the trust-region teacher's logits
+    t.context = ConfigDict()
+    x = t.context
+    x.kind = "sibling"  # sibling, solution, feedback, instruction
+    x.fallback = "none"  # when no sibling is correct: none or solution
+    x.success_threshold = 0.5  # reward from which a sibling counts as correct [S]
+    x.self_exclude = True  # a rollout never sees its own text [S]
+    x.strip_think = False  # remove <think> from the demonstration; False is "c = s" [P]
+    x.choice = "first"  # which correct sibling: first [S] or random
+    x.use_feedback = False  # also show the verifier's feedback [S: off for mathematics]
+    x.feedback_only_without_solution = True  # [S]
+    x.template = "paper"  # a preset of sdjax.teacher.templates, or the text itself
+    x.max_len = 22528  # tokens of the teacher's prompt [S]
+    x.truncate = "demonstration"  # demonstration [o], right [S] or left (TRL)
+    return t
+
+
+def _optimizer() -> ConfigDict:
+    o = ConfigDict()
+    o.lr = 1e-5  # [P Table 10: SDPO 1e-5; Table 9: GRPO 1e-6]
+    o.warmup_steps = 10  # optimizer steps of linear warm-up [P Table 8]
+    o.schedule = "constant"  # constant, cosine or linear decay to final_lr_frac over all steps
+    o.final_lr_frac = 0.1  # of lr, where the schedule ends
+    o.b1 = 0.9
+    o.b2 = 0.999  # [S]
+    o.eps = 1e-8
+    o.weight_decay = 0.01  # [P Table 8]
+    o.clip_norm = 1.0  # global gradient norm [P Table 8]
+    o.state_dtype = "float32"  # of the first moment: float32 or bfloat16
+    return o
+
+
+def _train() -> ConfigDict:
+    t = ConfigDict()
+    t.steps = 100  # training batches [P: runs are read at <= 100 steps]
+    return t
+
+
+def _guard() -> ConfigDict:
+    g = ConfigDict()
+    g.max_prob_error = 1.05  # mean exp|trainer_logp - sampler_logp| that stops the run
+    g.max_skipped = 5  # updates in a row with a non-finite gradient before the run stops
+    return g
+
+
+def _eval() -> ConfigDict:
+    e = ConfigDict()
+    e.sets = ("aime24",)  # sources evaluated during training
+    e.every = 10  # steps; 0 = only at the start and the end
+    e.samples = 16  # k of avg@k and pass@k [P Table 11]
+    e.problems = placeholder(int)  # at most so many problems per set; None = all
+    e.temperature = 0.6  # [P Table 11, thinking on]
+    e.top_p = 0.95  # [P Table 11]
+    e.top_k = 20  # [P Table 11; the released script never passes it: 0 repeats that]
+    e.min_p = 0.0
+    e.max_new_tokens = 38912  # [P Table 11]
+    return e
+
+
+def _checkpoint() -> ConfigDict:
+    k = ConfigDict()
+    k.every = 10  # steps [S]; the last step is always saved
+    k.keep = 2  # newest checkpoints kept
+    k.best_metric = ""  # evaluation metric whose best checkpoint is kept too; empty = none
+    k.export = True  # write a Hugging Face folder at the end
+    k.export_dtype = "bfloat16"
+    return k
+
+
+def _log() -> ConfigDict:
+    g = ConfigDict()
+    g.text_every = 10  # steps between samples logged as text; 0 = never
+    g.text_samples = 2  # responses (and teacher prompts) per such log
+    return g
+
+
+def _sft() -> ConfigDict:
+    s = ConfigDict()
+    return s
+
+
+def _generate() -> ConfigDict:
+    g = ConfigDict()
+    return g
+
+
+def _analysis() -> ConfigDict:
+    a = ConfigDict()
+    return a
+
+
+def _plan() -> ConfigDict:
+    p = ConfigDict()
+    return p
+
+
+def _profile() -> ConfigDict:
+    p = ConfigDict()
+    return p
+
+
+def _distributed() -> ConfigDict:
+    d = ConfigDict()
+    return d
+
+
+# Rules that `check` applies: field -> allowed values, or (low, high) with both ends allowed.
+CHOICES: Mapping[str, tuple] = {
+    "mode": MODES,
+    "model.compute_dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("auto", "xla", "splash", "cudnn", "reference"),
+    "model.remat": ("none", "dots", "full"),
+    "data.on_long_prompt": ("drop", "truncate"),
+    "rollout.cache_dtype": ("auto", "float32", "bfloat16", "int8"),
+    "objective.loss_agg": (
+        "rows-incl-masked",
+        "seq-mean-token-mean",
+        "seq-mean-token-sum",
+        "seq-mean-token-sum-norm",
+        "token-mean",
+    ),
+    "objective.kl_estimator": ("k1", "k2", "k3", "abs"),
+    "objective.support": ("student_topk", "teacher_topk", "full", "sampled"),
+    "objective.rollout_is_level": ("token", "sequence"),
+    "teacher.kind": ("fixed", "ema", "snapshot", "live", "trust_region"),
+    "teacher.context.kind": ("sibling", "solution", "feedback", "instruction"),
+    "teacher.context.fallback": ("none", "solution"),
+    "teacher.context.choice": ("first", "random"),
+    "teacher.context.truncate": ("demonstration", "right", "left"),
+    "optimizer.schedule": ("constant", "cosine", "linear"),
+    "optimizer.state_dtype": ("float32", "bfloat16"),
+    "checkpoint.export_dtype": ("float32", "bfloat16", "float16"),
+}
+RANGES: Mapping[str, tuple[float, float]] = {
+    "seed": (0, 2**31 - 1),
+    "data.subset_size": (1, math.inf),
+    "data.max_prompt_len": (1, math.inf),
+    "batch.prompts": (1, math.inf),
+    "batch.mini_prompts": (1, math.inf),
+    "batch.group_size": (1, math.inf),
+    "sampling.temperature": (0, math.inf),
+    "sampling.top_p": (0, 1),
+    "sampling.top_k": (0, math.inf),
+    "sampling.min_p": (0, 1),
+    "sampling.max_new_tokens": (1, math.inf),
+    "rollout.slots": (1, math.inf),
+    "rollout.chunk": (1, math.inf),
+    "reward.workers": (1, 1024),
+    "reward.deadline_s": (0.01, math.inf),
+    "objective.alpha": (0, 1),
+    "objective.distillation_topk": (1, math.inf),
+    "objective.clip_low": (0, 1),
+    "objective.clip_high": (0, math.inf),
+    "objective.dual_clip": (1, math.inf),
+    "objective.is_clip": (0, math.inf),
+    "objective.rollout_is_clip": (0, math.inf),
+    "teacher.ema_rate": (0, 1),
+    "teacher.snapshot_every": (1, math.inf),
+    "teacher.trust_mix": (0, 1),
+    "teacher.context.success_threshold": (0, math.inf),
+    "teacher.context.max_len": (1, math.inf),
+    "optimizer.lr": (0, math.inf),
+    "optimizer.warmup_steps": (0, math.inf),
+    "optimizer.b1": (0, 1),
+    "optimizer.b2": (0, 1),
+    "optimizer.weight_decay": (0, math.inf),
+    "optimizer.clip_norm": (0, math.inf),
+    "train.steps": (0, math.inf),
+    "guard.max_prob_error": (1, math.inf),
+    "guard.max_skipped": (1, math.inf),
+    "eval.every": (0, math.inf),
+    "eval.samples": (1, math.inf),
+    "eval.temperature": (0, math.inf),
+    "eval.top_p": (0, 1),
+    "checkpoint.every": (1, math.inf),
+    "checkpoint.keep": (1, math.inf),
+    "log.text_every": (0, math.inf),
+    "model.lora.rank": (0, math.inf),
+    "model.lora.dropout": (0, 1),
+}
+
+
+def field(c: ConfigDict, path: str):
+    """The value at a dotted path such as "teacher.ema_rate"."""
+    for name in path.split("."):
+        c = c[name]
+    return c
+
+
+def check(c: ConfigDict, device_count: int | None = None) -> None:
+    """Raises ValueError with one sentence naming the first bad field, its value and the remedy."""
+    for path, allowed in CHOICES.items():
+        if field(c, path) not in allowed:
+            raise ValueError(
+                f"config.{path} is {field(c, path)!r}, but must be one of {', '.join(allowed)}"
+            )
+    for path, (low, high) in RANGES.items():
+        value = field(c, path)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"config.{path} is {value}, but must lie in [{low}, {high}]")
+    if c.mode == "train":
+        _check_batch(c)
+        _check_objective(c)
+    if device_count is not None and c.mode in ("train", "sft", "evaluate"):
+        _check_mesh(c, device_count)
+
+
+def _check_batch(c: ConfigDict) -> None:
+    if c.batch.prompts % c.batch.mini_prompts:
+        raise ValueError(
+            f"config.batch.mini_prompts is {c.batch.mini_prompts}, which does not divide "
+            f"config.batch.prompts = {c.batch.prompts}: choose a divisor of it"
+        )
+
+
+def _check_objective(c: ConfigDict) -> None:
+    o = c.objective
+    if o.pg_coef == 0 and o.distill_coef == 0:
+        raise ValueError(
+            "config.objective.pg_coef and config.objective.distill_coef are both 0, so nothing "
+            "would be learnt: set one of them"
+        )
+    if o.support == "sampled" and o.distill_coef and o.alpha != 1:
+        raise ValueError(
+            f"config.objective.support='sampled' estimates the reverse KL only, but "
+            f"config.objective.alpha is {o.alpha}: set alpha=1 or another support"
+        )
+    truncated = c.sampling.top_p < 1 or c.sampling.top_k > 0 or c.sampling.min_p > 0
+    if truncated and math.isfinite(o.rollout_is_clip) and not o.allow_truncated_sampling:
+        raise ValueError(
+            "config.sampling.top_p/top_k/min_p cut the sampler's distribution while importance "
+            "ratios use the whole one, which biases them: sample untruncated, or set "
+            "config.objective.allow_truncated_sampling=True"
+        )
+
+
+def _check_mesh(c: ConfigDict, device_count: int) -> None:
+    m = c.mesh
+    fixed = m.fsdp * m.tensor * m.context
+    data = m.data if m.data != -1 else device_count // fixed
+    if data * fixed != device_count or data < 1:
+        raise ValueError(
+            f"config.mesh data={m.data} x fsdp={m.fsdp} x tensor={m.tensor} x context={m.context} "
+            f"does not multiply to the {device_count} devices here: change one of them"
+        )
+    rows = c.batch.prompts * c.batch.group_size
+    if c.mode == "train" and rows % (data * m.fsdp):
+        per = data * m.fsdp
+        step = per // math.gcd(per, c.batch.group_size)
+        lower = c.batch.prompts // step * step
+        near = f"{lower} or {lower + step}" if lower else f"{lower + step}"
+        raise ValueError(
+            f"config.batch.prompts={c.batch.prompts} x group_size={c.batch.group_size} = {rows} "
+            f"responses do not split over data x fsdp = {per} devices: nearest are {near} prompts"
+        )
+
+
+def with_variants(
+    c: ConfigDict, arg: str | None, variants: Mapping[str, Callable[[ConfigDict], None]]
+) -> ConfigDict:
+    """Applies the variants named after the colon of `--config=FILE:a,b`; `tiny` exists everywhere.
+
+    Each variant changes `c` in place. Raises ValueError with the list of known ones.
+    """
+    known = {**variants, "tiny": variants.get("tiny", shrink)}
+    names = [name for name in (arg or "").split(",") if name]
+    for name in sorted(names, key=lambda n: n == "tiny"):  # shrinking comes last
+        if name not in known:
+            raise ValueError(f"unknown config variant {name!r}: known are {', '.join(known)}")
+        known[name](c)
+    return c
+
+
+def shrink(c: ConfigDict) -> None:
+    """Turns any config into a smoke run of two small steps on the embedded model."""
+    c.model.path = "tiny"
+    c.model.remat = "none"
+    c.data.name, c.data.path = "synthetic", ""
+    c.data.system = None
+    c.data.max_prompt_len = 128
+    c.batch.prompts, c.batch.mini_prompts, c.batch.group_size = 4, 2, 4
+    c.sampling.max_new_tokens = 48
+    c.rollout.slots = 16
+    c.objective.distillation_topk = min(c.objective.distillation_topk, 32)
+    c.teacher.context.max_len = 256
+    c.train.steps = 2
+    c.eval.sets, c.eval.problems, c.eval.samples, c.eval.every = ("test", "ood_steps"), 8, 2, 0
+    c.eval.max_new_tokens = 48
+    c.checkpoint.every = 1
+    c.log.text_every = 1
