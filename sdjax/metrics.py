@@ -1,0 +1,208 @@
+"""Writes what a run measures: metrics.jsonl, TensorBoard events, text samples; process 0 only.
+
+    metrics.jsonl   a flat JSON object per write: {"step": 3, "wall_time": ..., "loss/total": 0.1}
+    samples.jsonl   one object per text sample: {"step": 3, "name": "rollout/0", "text": "..."}
+    tensorboard/    the same numbers and texts as events
+
+Keys are `area/name`; a number that is not finite is written as null, so that the file stays plain
+JSON, and read back as NaN. Continuing a run removes the rows of the steps that will be done again,
+and a last line cut in half by a kill. What the numbers mean is decided by the callers, except for
+`rollout_metrics`, which summarises sampled responses. The display is in `sdjax.progress`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from sdjax.analysis import epistemic
+from sdjax.records import Rollout
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+TENSORBOARD_DIR = "tensorboard"
+
+
+class MetricsWriter:
+    """Appends to a workdir's metrics files; every method does nothing on processes other than 0.
+
+    `resume_step` is the step of the checkpoint that training goes on from: later rows are removed.
+    None starts afresh and removes all rows. Whatever belongs to a step must be written before the
+    checkpoint of that step is saved.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        resume_step: int | None = None,
+        *,
+        tensorboard: bool = True,
+        enabled: bool | None = None,
+    ):
+        self._enabled = _is_process_zero() if enabled is None else enabled
+        self._events = None
+        if not self._enabled:
+            return
+        self._dir = pathlib.Path(workdir)
+        self._dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _open_trimmed(self._dir / METRICS_FILE, resume_step)
+        self._samples = _open_trimmed(self._dir / SAMPLES_FILE, resume_step)
+        if tensorboard:
+            from tensorboardX import SummaryWriter  # slow to import, and only this process needs it
+
+            purge = 0 if resume_step is None else resume_step + 1
+            self._events = SummaryWriter(
+                str(self._dir / TENSORBOARD_DIR),
+                purge_step=purge,
+                filename_suffix=f".{time.time_ns()}",  # its own names repeat within a second
+            )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Appends one row. Values are numbers or arrays of one element (numpy or jax).
+
+        Raises ValueError when a value is not one number, naming its key.
+        """
+        if not self._enabled:
+            return
+        values = {key: _as_number(key, value) for key, value in metrics.items()}
+        row = {"step": int(step), "wall_time": round(time.time(), 3)} | values
+        _append(self._metrics, {key: _finite_or_none(value) for key, value in row.items()})
+        if self._events is not None:
+            for key, value in values.items():
+                self._events.add_scalar(key, value, int(step))
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Appends one text sample; TensorBoard shows it as preformatted text."""
+        if not self._enabled:
+            return
+        _append(self._samples, {"step": int(step), "name": name, "text": text})
+        if self._events is not None:
+            indented = "\n".join("    " + line for line in text.splitlines())
+            self._events.add_text(name, indented, int(step))
+
+    def flush(self) -> None:
+        """Pushes TensorBoard's events to disk; the JSON lines are there already."""
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Closes the files; writing afterwards is an error."""
+        if not self._enabled:
+            return
+        self._metrics.close()
+        self._samples.close()
+        if self._events is not None:
+            self._events.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file in order, without a half-written last line; nulls become NaN.
+
+    Raises ValueError when a line other than the last is not JSON.
+    """
+    rows = []
+    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):  # no newline after it: the writer was killed in the middle
+                continue
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        rows.append({key: math.nan if value is None else value for key, value in row.items()})
+    return rows
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The workdir's metrics by ascending step, one dict per step: rows of one step are merged."""
+    path = pathlib.Path(workdir) / METRICS_FILE
+    if not path.exists():
+        raise ValueError(f"{path} not found: is {workdir} the workdir of a run?")
+    merged: dict[int, dict[str, Any]] = {}
+    for row in read_rows(path):
+        merged.setdefault(row["step"], {}).update(row)
+    return [merged[step] for step in sorted(merged)]
+
+
+def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """Reward, length, truncation and epistemic words of a batch of rollouts.
+
+    `reward/group_solved_frac` is the fraction of groups with a correct response,
+    `reward/group_mixed_frac` that of groups with both kinds, the only ones GRPO learns from.
+    Raises ValueError on an empty batch.
+    """
+    if not rollouts:
+        raise ValueError("no rollouts to measure: the batch is empty")
+    rewards = np.array([rollout.verdict.reward for rollout in rollouts])
+    lengths = np.array([len(rollout.response_tokens) for rollout in rollouts])
+    groups: dict[int, list[float]] = {}
+    for rollout, reward in zip(rollouts, rewards, strict=True):
+        groups.setdefault(rollout.group, []).append(reward)
+    solved = np.array([max(group) > 0 for group in groups.values()])
+    failed = np.array([min(group) <= 0 for group in groups.values()])
+    words = epistemic.summary([rollout.text for rollout in rollouts], lengths.tolist())
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/group_solved_frac": float(solved.mean()),
+        "reward/group_mixed_frac": float((solved & failed).mean()),
+        "rollout/response_len_mean": float(lengths.mean()),
+        "rollout/response_len_p95": float(np.percentile(lengths, 95)),
+        "rollout/response_len_max": float(lengths.max()),
+        "rollout/truncated_frac": float(np.mean([rollout.truncated for rollout in rollouts])),
+    } | {f"epistemic/{name}": value for name, value in words.items()}
+
+
+def _open_trimmed(path: pathlib.Path, resume_step: int | None):
+    """Opens a JSON-lines file for appending after dropping the rows of steps > resume_step."""
+    if path.exists():
+        kept = [] if resume_step is None else _rows_up_to(path, resume_step)
+        temporary = path.with_suffix(".trimmed")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)  # a kill here leaves either the old file or the new one
+    return open(path, "a", encoding="utf-8")
+
+
+def _rows_up_to(path: pathlib.Path, step: int) -> Iterable[str]:
+    """The file's lines of steps <= `step`, as they were written."""
+    rows = read_rows(path)
+    lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    return [line for line, row in zip(lines, rows, strict=False) if row["step"] <= step]
+
+
+def _append(file, row: Mapping[str, Any]) -> None:
+    """One line, in the hands of the operating system when this returns (survives SIGKILL)."""
+    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    file.flush()
+
+
+def _as_number(key: str, value: Any) -> int | float:
+    """A Python number of a scalar of any library; integers stay integers."""
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biuf" and array.dtype.name != "bfloat16":
+        raise ValueError(f"metric {key} must be one number, got {array.dtype} {array.shape}")
+    return int(array.item()) if array.dtype.kind in "biu" else float(array.item())
+
+
+def _finite_or_none(value: int | float) -> int | float | None:
+    return value if math.isfinite(value) else None
+
+
+def _is_process_zero() -> bool:
+    import jax  # here, so that reading metrics back does not start a backend
+
+    return jax.process_index() == 0
