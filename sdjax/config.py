@@ -446,3 +446,8 @@ def shrink(c: ConfigDict) -> None:
     c.eval.max_new_tokens = 48
     c.checkpoint.every = 1
     c.log.text_every = 1
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The base config itself as a config file, for modes that need no other (doctor)."""
+    return with_variants(base(), arg, {})
