@@ -1,4 +1,4 @@
-"""GRPO on Olmo-3-7B-Instruct, mathematics: the baseline of arXiv 2603.24472, Tables 8 and 9. Not yet run by us.
+"""GRPO on Olmo-3-7B-Instruct: the baseline of arXiv 2603.24472, Tables 8 and 9. Not yet run by us.
 
     python -m sdjax.main --config=configs/grpo_olmo.py --workdir=gs://BUCKET/RUN
     python -m sdjax.main --config=configs/grpo_olmo.py:tiny          (smoke run on a laptop)

@@ -1,4 +1,4 @@
-"""GRPO on Qwen3-8B, mathematics: the baseline of arXiv 2603.24472, Tables 8 and 9. Not yet run by us.
+"""GRPO on Qwen3-8B: the baseline of arXiv 2603.24472, Tables 8 and 9. Not yet run by us.
 
     python -m sdjax.main --config=configs/grpo_qwen.py --workdir=gs://BUCKET/RUN
     python -m sdjax.main --config=configs/grpo_qwen.py:tiny          (smoke run on a laptop)

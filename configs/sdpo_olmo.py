@@ -1,9 +1,9 @@
-"""SDPO on Olmo-3-7B-Instruct, mathematics: the run of arXiv 2603.24472, Tables 8 and 10. Not yet run by us.
+"""SDPO on Olmo-3-7B-Instruct: arXiv 2603.24472, Tables 8 and 10. Not yet run by us.
 
     python -m sdjax.main --config=configs/sdpo_olmo.py --workdir=gs://BUCKET/RUN
     python -m sdjax.main --config=configs/sdpo_olmo.py:tiny          (smoke run on a laptop)
 
-Differs from the released scripts: the response limit is the one of the paper's table (the scripts cap
+Differs from the released scripts: the response limit is that of the paper's table (the scripts cap
 it at max_model_len, differently for GRPO and SDPO), and the demonstration is shortened when the
 teacher's prompt is too long (the scripts cut the prompt's end, closing instruction included).
 """

@@ -433,6 +433,7 @@ def shrink(c: ConfigDict) -> None:
     """Turns any config into a smoke run of two small steps on the embedded model."""
     c.model.path = "tiny"
     c.model.remat = "none"
+    c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context = -1, 1, 1, 1
     c.data.name, c.data.path = "synthetic", ""
     c.data.system = None
     c.data.max_prompt_len = 128
