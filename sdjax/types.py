@@ -43,7 +43,8 @@ class PackedBatch:
     sits; `mask` bool, true on real slots; `weight` float32, the aggregation weight of the policy
     term and `distill_weight` that of the distillation term (both already divided by the normaliser
     of the whole mini-batch, so micro-batches and devices only sum); `advantage` float32;
-    `sampler_logp`, `old_logp` float32; `position` int32, the token's place within its response.
+    `sampler_logp`, `old_logp` float32 and `ref_logp` (log-probabilities under the initial policy,
+    None when nothing asks for them); `position` int32, the token's place within its response.
     """
 
     student: PackedRows
@@ -58,6 +59,7 @@ class PackedBatch:
     sampler_logp: Array
     old_logp: Array
     position: Array
+    ref_logp: Array | None = None
 
 
 @flax.struct.dataclass
