@@ -1,0 +1,277 @@
+"""What a decoder computes, as one hashable value, read from and written to config.json.
+
+Knows four families by `model_type`: llama, qwen2, qwen3, olmo3. Anything that would change the
+mathematics and is not implemented is refused by name; nothing is guessed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from sdjax.models.rope import Rope
+
+FAMILIES = ("llama", "qwen2", "qwen3", "olmo3")
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+}
+DEFAULT_THETA = {"llama": 1e4, "qwen2": 1e4, "qwen3": 1e4, "olmo3": 5e5}
+DEFAULT_EPS = {"llama": 1e-6, "qwen2": 1e-6, "qwen3": 1e-6, "olmo3": 1e-5}
+# Fields that change the mathematics, with the only values (besides absence) that are implemented.
+ONLY = {
+    "hidden_act": ("silu",),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1, 1.0),
+    "clip_qkv": (None,),
+    "quantization_config": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_chunk_size": (None,),
+    "attention_multiplier": (None,),
+    "embedding_multiplier": (None, 1, 1.0),
+    "residual_multiplier": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "no_rope_layers": (None,),
+    "query_pre_attn_scalar": (None,),
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters: W + (alpha / rank) A B on the `targets`, names of w_* leaves.
+
+    `dropout` is the rate on the adapter's input during training (PEFT's lora_dropout).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = ("w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down")
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Factor of the low-rank product."""
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape and mathematics of a decoder. Hashable, so it can be a static argument of jit.
+
+    `windows` has one entry per layer: how many tokens a token sees including itself, None for all
+    before it. Sliding layers rotate with `rope_sliding`, the others with `rope`. `qk_norm` is
+    "none", "head" (each head by itself, qwen3) or "projection" (all heads together, olmo3);
+    `post_norm` puts a block's norm on its output (olmo3) instead of its input.
+    """
+
+    model_type: str
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    d_ff: int
+    rope: Rope = Rope()
+    rope_sliding: Rope = Rope()
+    windows: tuple[int | None, ...] = ()
+    norm_eps: float = 1e-6
+    qk_norm: str = "none"
+    post_norm: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    tie_embeddings: bool = False
+    max_positions: int = 4096
+    init_std: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    lora: LoraConfig | None = None
+
+    def __post_init__(self):
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.n_layers)
+        if len(self.windows) != self.n_layers:
+            raise ValueError(
+                f"layer_types of config.json has {len(self.windows)} entries, but "
+                f"num_hidden_layers is {self.n_layers}: they must agree"
+            )
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"num_attention_heads={self.n_heads} of config.json is not a multiple of "
+                f"num_key_value_heads={self.n_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} of config.json is odd: rope needs pairs")
+
+    @classmethod
+    def from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Reads the dict of a config.json. Raises ValueError naming the field it cannot honour."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise ValueError(
+                f"model_type={family!r} of config.json is not implemented: "
+                f"sdjax knows {', '.join(FAMILIES)}"
+            )
+        _refuse_unknown_mathematics(raw)
+        heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
+        attention_bias = bool(raw.get("attention_bias", False))
+        rope, rope_sliding = _ropes(raw, family)
+        eos = raw.get("eos_token_id")
+        default_head_dim = 128 if family == "qwen3" else raw["hidden_size"] // heads
+        kv_heads = raw.get("num_key_value_heads")
+        eps = raw.get("rms_norm_eps")
+        return cls(
+            model_type=family,
+            vocab_size=raw["vocab_size"],
+            d_model=raw["hidden_size"],
+            n_layers=layers,
+            n_heads=heads,
+            n_kv_heads=heads if kv_heads is None else kv_heads,
+            head_dim=raw.get("head_dim") or default_head_dim,
+            d_ff=raw["intermediate_size"],
+            rope=rope,
+            rope_sliding=rope_sliding,
+            windows=_windows(raw, family, layers),
+            norm_eps=DEFAULT_EPS[family] if eps is None else eps,
+            qk_norm={"qwen3": "head", "olmo3": "projection"}.get(family, "none"),
+            post_norm=family == "olmo3",
+            qkv_bias=True if family == "qwen2" else attention_bias,
+            o_bias=False if family == "qwen2" else attention_bias,
+            mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            max_positions=raw.get("max_position_embeddings", 2048),
+            init_std=raw.get("initializer_range", 0.02),
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else _some(eos),
+            pad_token_id=raw.get("pad_token_id"),
+        )
+
+    def to_hf(self, dtype: str = "float32") -> dict[str, Any]:
+        """The config.json that makes `transformers` compute the same (4.x or 5.x)."""
+        eos = self.eos_token_ids
+        out = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "intermediate_size": self.d_ff,
+            "num_hidden_layers": self.n_layers,
+            "num_attention_heads": self.n_heads,
+            "num_key_value_heads": self.n_kv_heads,
+            "head_dim": self.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.max_positions,
+            "initializer_range": self.init_std,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tie_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(eos) if len(eos) > 1 else (eos[0] if eos else None),
+            "pad_token_id": self.pad_token_id,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
+        if self.model_type != "qwen2":
+            out["attention_bias"] = self.qkv_bias
+        if self.model_type == "llama":
+            out["mlp_bias"] = self.mlp_bias
+        return out | _hf_windows(self) | _hf_rope(self)
+
+
+def _some(value: int | None) -> tuple[int, ...]:
+    return () if value is None else (value,)
+
+
+def _refuse_unknown_mathematics(raw: Mapping[str, Any]) -> None:
+    for field, allowed in ONLY.items():
+        if field in raw and raw[field] not in allowed:
+            raise ValueError(
+                f"{field}={raw[field]!r} of config.json is not implemented: "
+                f"sdjax computes only {field}={allowed[0]!r}"
+            )
+
+
+def _windows(raw: Mapping[str, Any], family: str, layers: int) -> tuple[int | None, ...]:
+    """The sliding window of each layer, derived from the fields as transformers does."""
+    kinds, window = raw.get("layer_types"), raw.get("sliding_window")
+    if family == "llama":
+        if window is not None or (kinds and set(kinds) != {FULL}):
+            raise ValueError(
+                f"sliding_window={window!r}, layer_types={kinds!r} of config.json: "
+                "sliding attention is not implemented for model_type='llama'"
+            )
+        return (None,) * layers
+    if family == "olmo3":
+        window = raw.get("sliding_window", 4096)
+        kinds = kinds or [FULL if (i + 1) % 4 == 0 else SLIDING for i in range(layers)]
+    else:
+        window = window if raw.get("use_sliding_window", False) else None
+        first = raw.get("max_window_layers", 28)
+        sliding = [window is not None and i >= first for i in range(layers)]
+        kinds = kinds or [SLIDING if s else FULL for s in sliding]
+    unknown = set(kinds) - {SLIDING, FULL}
+    if unknown:
+        raise ValueError(f"layer_types of config.json has {sorted(unknown)}: not implemented")
+    if SLIDING in kinds and not window:
+        raise ValueError(
+            f"layer_types of config.json has {SLIDING!r}, but sliding_window is {window!r} "
+            "(or use_sliding_window is false): say how wide the window is"
+        )
+    return tuple(window if kind == SLIDING else None for kind in kinds)
+
+
+def _ropes(raw: Mapping[str, Any], family: str) -> tuple[Rope, Rope]:
+    """(rope of full layers, rope of sliding layers), from either generation of the field names."""
+    theta = raw.get("rope_theta", DEFAULT_THETA[family])
+    positions = raw.get("max_position_embeddings", 2048)
+    if raw.get("original_max_position_embeddings") is not None:
+        raise ValueError(
+            "original_max_position_embeddings at the top of config.json is not implemented: "
+            "it belongs inside rope_parameters"
+        )
+    scaling, nested = raw.get("rope_scaling"), raw.get("rope_parameters")
+    if nested is not None and (FULL in nested or SLIDING in nested):
+        ropes = [Rope.from_hf(nested.get(kind) or {}, theta, positions) for kind in (FULL, SLIDING)]
+        return ropes[0], ropes[1]
+    if family == "olmo3" and nested and set(nested) - {"rope_theta"}:
+        raise ValueError(
+            "rope_parameters of config.json is not nested by layer type: model_type='olmo3' "
+            f"needs an entry {FULL!r} and an entry {SLIDING!r}"
+        )
+    rope = Rope.from_hf(scaling or nested or {}, theta, positions)
+    # An old OLMo-3 config stretches its full layers only: the sliding ones never look far.
+    return rope, Rope(theta=rope.theta) if family == "olmo3" and scaling else rope
+
+
+def _hf_windows(cfg: ModelConfig) -> dict[str, Any]:
+    if cfg.model_type == "llama":
+        return {}
+    window = next((w for w in cfg.windows if w is not None), None)
+    out: dict[str, Any] = {
+        "sliding_window": window,
+        "layer_types": [FULL if w is None else SLIDING for w in cfg.windows],
+    }
+    if cfg.model_type != "olmo3":
+        out["use_sliding_window"] = window is not None
+        sliding = [i for i, w in enumerate(cfg.windows) if w is not None]
+        out["max_window_layers"] = sliding[0] if sliding else cfg.n_layers
+    return out
+
+
+def _hf_rope(cfg: ModelConfig) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling` for transformers 4, `rope_parameters` for 5."""
+    old: dict[str, Any] = {"rope_theta": cfg.rope.theta}
+    if cfg.rope.kind != "default":
+        old["rope_scaling"] = cfg.rope.to_hf()
+    if cfg.model_type == "olmo3":
+        nested = {FULL: cfg.rope.to_hf(), SLIDING: cfg.rope_sliding.to_hf()}
+        return old | {"rope_parameters": nested}
+    return old | {"rope_parameters": cfg.rope.to_hf()}
