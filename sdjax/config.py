@@ -249,16 +249,31 @@ def _analysis() -> ConfigDict:
 
 def _plan() -> ConfigDict:
     p = ConfigDict()
+    p.topology = "v5e:2x4"  # TPU slice to plan for: chip:XxY or chip:XxYxZ, sizes in chips
+    p.topologies = ""  # comma-separated slices to compare instead
+    p.limit_frac = 0.85  # of a chip's memory that a plan may use and still "fits"
+    p.response_len = 0.0  # mean response length in tokens for the times; 0 = half the limit
+    p.decode = True  # also compile prefill and decode
+    p.suggest = True  # look for the nearest settings that fit when these do not
     return p
 
 
 def _profile() -> ConfigDict:
     p = ConfigDict()
+    p.steps = ""  # training batches to trace for xprof, "10:13" for 10, 11, 12; empty = none
+    p.hlo = False  # dump the compiled programs' text under <workdir>/hlo
+    p.compilation_cache = "auto"  # folder; auto = <workdir>/xla_cache, empty = off
     return p
 
 
 def _distributed() -> ConfigDict:
     d = ConfigDict()
+    d.method = "auto"  # how processes find each other: auto, single, explicit, slurm, tpu
+    d.coordinator = ""  # host:port of process 0 (explicit); empty = JAX_COORDINATOR_ADDRESS
+    d.num_processes = 0  # processes in all (explicit); 0 = JAX_NUM_PROCESSES
+    d.process_id = -1  # this process (explicit); -1 = JAX_PROCESS_ID
+    d.startup_timeout_s = 300.0  # seconds to wait for missing processes
+    d.heartbeat_timeout_s = 100.0  # seconds of silence after which a process counts as dead
     return d
 
 
@@ -288,6 +303,7 @@ CHOICES: Mapping[str, tuple] = {
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "optimizer.state_dtype": ("float32", "bfloat16"),
     "checkpoint.export_dtype": ("float32", "bfloat16", "float16"),
+    "distributed.method": ("auto", "single", "explicit", "slurm", "tpu"),
 }
 RANGES: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
@@ -333,6 +349,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "log.text_every": (0, math.inf),
+    "plan.limit_frac": (0.1, 1.0),
+    "distributed.startup_timeout_s": (1, 86400),
+    "distributed.heartbeat_timeout_s": (2, 3600),
     "model.lora.rank": (0, math.inf),
     "model.lora.dropout": (0, 1),
 }
