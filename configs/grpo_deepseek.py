@@ -1,4 +1,4 @@
-"""GRPO on DeepSeek-R1-Distill-Qwen-7B: baseline of arXiv 2603.24472, Tables 8 and 9. Not yet run by us.
+"""GRPO on DeepSeek-R1-Distill-Qwen-7B: arXiv 2603.24472, Tables 8 and 9. Not yet run by us.
 
     python -m sdjax.main --config=configs/grpo_deepseek.py --workdir=gs://BUCKET/RUN
     python -m sdjax.main --config=configs/grpo_deepseek.py:tiny          (smoke run on a laptop)
