@@ -72,7 +72,24 @@ def _mesh() -> ConfigDict:
 def _data() -> ConfigDict:
     d = ConfigDict()
     d.name = "synthetic"  # a source of sdjax.data.problems
-    d.path = ""  # local file or folder of that source; empty = hub or SDJAX_DATA
+    d.path = ""  # local file or folder of that source; empty = SDJAX_DATA, else the hub
+    d.hub = ""  # hub data set (name "hub", or instead of a source's usual one)
+    d.hub_config = ""  # configuration of the hub data set; empty = its default
+    d.split = ""  # empty = the source's first; synthetic: train, test, ood_steps, ...
+    d.columns = ConfigDict()  # dotted column paths; empty = the usual names (sdjax.data.columns)
+    d.columns.prompt = ""  # text, or chat messages of which the last is the user's
+    d.columns.answer = ""  # the gold
+    d.columns.solution = ""  # worked solution, privileged (teacher.context kind "solution")
+    d.columns.feedback = ""  # fixed hint, privileged
+    d.columns.system = ""  # system message of this row
+    d.columns.id = ""  # empty and no usual name: the row's index
+    d.prompt_style = "auto"  # as_is, bare, boxed [P], answer_line (DAPO), opsd; auto by source
+    d.dedupe = True  # keep the first of equal prompts; |D|=1 files repeat one question 64 times
+    d.on_bad_row = "skip"  # rows without prompt or gold: skip (logged with index) or refuse
+    d.limit = placeholder(int)  # at most so many problems, in the file's order; None = all
+    d.synthetic_size = 4096  # problems of the synthetic source [o]
+    d.synthetic_level = placeholder(int)  # difficulty of the synthetic source; None = mixed
+    d.overlap_ngram = 13  # words in a row that count as train/eval overlap [o, as GPT-3]
     d.subset_size = placeholder(int)  # task coverage |D| [P Sec. 6.2]; None = all problems
     d.enable_thinking = True  # passed to the chat template [P: on]
     d.system = placeholder(str)  # system message; None = the template's own default
@@ -164,12 +181,17 @@ def _teacher() -> ConfigDict:
     x.success_threshold = 0.5  # reward from which a sibling counts as correct [S]
     x.self_exclude = True  # a rollout never sees its own text [S]
     x.strip_think = False  # remove <think> from the demonstration; False is "c = s" [P]
+    x.strip_style = "analysis"  # how: analysis [P; also closes without opening], sdpo, trl
     x.choice = "first"  # which correct sibling: first [S] or random
     x.use_feedback = False  # also show the verifier's feedback [S: off for mathematics]
     x.feedback_only_without_solution = True  # [S]
+    x.reveal_ratio = 1.0  # share of the solution's paragraphs shown, its answer always (ATESD)
     x.template = "paper"  # a preset of sdjax.teacher.templates, or the text itself
+    x.solution_template = ""  # section around the solution; empty = the preset's
+    x.feedback_template = ""  # section around the feedback; empty = the preset's
+    x.thinking = "student"  # thinking switch of the teacher's chat template: student, on, off
     x.max_len = 22528  # tokens of the teacher's prompt [S]
-    x.truncate = "demonstration"  # demonstration [o], right [S] or left (TRL)
+    x.truncate = "demonstration"  # what gives way: its start [o], right [S], left (TRL)
     return t
 
 
@@ -205,11 +227,14 @@ def _eval() -> ConfigDict:
     e = ConfigDict()
     e.sets = ("aime24",)  # sources evaluated during training
     e.every = 10  # steps; 0 = only at the start and the end
-    e.samples = 16  # k of avg@k and pass@k [P Table 11]
+    e.preset = ""  # thinking, non_thinking or paper (by data.enable_thinking) [P]; "" = the fields
+    e.samples = 16  # k of avg@k [P Table 11]
+    e.pass_at = ()  # the k of pass@k, each <= samples (unbiased); () = samples alone [P]
+    e.grade_after_think = True  # grade what follows the first closed <think> [P, METHODS 3.8]
     e.problems = placeholder(int)  # at most so many problems per set; None = all
     e.temperature = 0.6  # [P Table 11, thinking on]
     e.top_p = 0.95  # [P Table 11]
-    e.top_k = 20  # [P Table 11; the released script never passes it: 0 repeats that]
+    e.top_k = 20  # [P Table 11; the released script never passes it: 0 repeats it]; no preset's
     e.min_p = 0.0
     e.max_new_tokens = 38912  # [P Table 11]
     return e
@@ -244,6 +269,12 @@ def _generate() -> ConfigDict:
 
 def _analysis() -> ConfigDict:
     a = ConfigDict()
+    a.kind = "report"  # what mode=analyze writes: report, compare, word_shift or judge
+    a.workdirs = ()  # runs that compare puts side by side; seeds of a method are averaged
+    a.base = ""  # responses (JSON lines with "response") of the base model, for word_shift
+    a.responses = ()  # files of responses: word_shift's models, or those that judge reads
+    a.min_count = 5  # words rarer than this in the base responses are left out of word_shift [o]
+    a.judge_replies = ""  # a judge's replies (JSON lines); empty = only write the prompts
     return a
 
 
@@ -284,6 +315,8 @@ CHOICES: Mapping[str, tuple] = {
     "model.attention": ("auto", "xla", "splash", "cudnn", "reference"),
     "model.remat": ("none", "dots", "full"),
     "data.on_long_prompt": ("drop", "truncate"),
+    "data.on_bad_row": ("skip", "refuse"),
+    "data.prompt_style": ("auto", "as_is", "bare", "boxed", "answer_line", "opsd"),
     "rollout.cache_dtype": ("auto", "float32", "bfloat16", "int8"),
     "objective.loss_agg": (
         "rows-incl-masked",
@@ -299,9 +332,13 @@ CHOICES: Mapping[str, tuple] = {
     "teacher.context.kind": ("sibling", "solution", "feedback", "instruction"),
     "teacher.context.fallback": ("none", "solution"),
     "teacher.context.choice": ("first", "random"),
+    "teacher.context.strip_style": ("sdpo", "analysis", "trl"),
+    "teacher.context.thinking": ("student", "on", "off"),
     "teacher.context.truncate": ("demonstration", "right", "left"),
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "optimizer.state_dtype": ("float32", "bfloat16"),
+    "eval.preset": ("", "paper", "thinking", "non_thinking"),
+    "analysis.kind": ("report", "compare", "word_shift", "judge"),
     "checkpoint.export_dtype": ("float32", "bfloat16", "float16"),
     "distributed.method": ("auto", "single", "explicit", "slurm", "tpu"),
 }
@@ -309,6 +346,9 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "seed": (0, 2**31 - 1),
     "data.subset_size": (1, math.inf),
     "data.max_prompt_len": (1, math.inf),
+    "data.limit": (1, math.inf),
+    "data.synthetic_size": (1, math.inf),
+    "data.overlap_ngram": (1, math.inf),
     "batch.prompts": (1, math.inf),
     "batch.mini_prompts": (1, math.inf),
     "batch.group_size": (1, math.inf),
@@ -333,6 +373,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "teacher.trust_mix": (0, 1),
     "teacher.context.success_threshold": (0, math.inf),
     "teacher.context.max_len": (1, math.inf),
+    "teacher.context.reveal_ratio": (0, 1),
     "optimizer.lr": (0, math.inf),
     "optimizer.warmup_steps": (0, math.inf),
     "optimizer.b1": (0, 1),
@@ -346,6 +387,10 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "eval.samples": (1, math.inf),
     "eval.temperature": (0, math.inf),
     "eval.top_p": (0, 1),
+    "eval.top_k": (0, math.inf),
+    "eval.problems": (1, math.inf),
+    "eval.max_new_tokens": (1, math.inf),
+    "analysis.min_count": (1, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "log.text_every": (0, math.inf),
