@@ -81,6 +81,12 @@ class Progress:
         self._end_line()
         self._stream.flush()
 
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
     def eta_s(self) -> float:
         """Estimated seconds to the last step; NaN before the first step is done."""
         marks = list(self._marks)

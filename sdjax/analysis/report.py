@@ -1,0 +1,150 @@
+"""What happened in a run: report.md with tables and plots.
+
+Reads metrics.jsonl and config.json of a finished or running workdir and nothing else, so a report
+can be made anywhere and at any time:
+
+    python -m sdjax.main --config.mode=analyze --workdir=runs/tiny
+
+The best step is that of the first evaluation set. Several runs side by side are `compare`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from sdjax.analysis import figures, tables
+from sdjax.analysis.compare import compare
+from sdjax.analysis.figures import Curve, Panel
+from sdjax.analysis.runs import COLUMNS, LENGTH_LABEL, RATE_LABEL, WORD_LABEL, Run
+
+LOG = logging.getLogger(__name__)
+
+REPORT_FILE = "report.md"
+
+
+def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
+    """Writes report.md and its plots into the workdir; returns the report's path."""
+    run = Run.read(workdir)
+    parts = [f"# {run.method} run `{run.workdir.name}`\n", _facts(run)]
+    if run.evaluations:
+        parts += ["## Evaluation\n", _start_best_final(run)]
+    if any("reward/mean" in row for row in run.rows):
+        parts += ["## Training batches\n", _training_table(run)]
+    for name, title, panels in _run_figures(run):
+        figures.save(panels, run.workdir / name)
+        parts.append(f"![{title}]({name})\n")
+    path = run.workdir / REPORT_FILE
+    path.write_text("\n".join(parts), encoding="utf-8")
+    return path
+
+
+def _facts(run: Run) -> str:
+    """One line on what ran and for how long."""
+    facts = []
+    config = run.config
+    if config:
+        facts.append(f"model `{config['model']['path']}`, seed {config['seed']}")
+    facts.append(f"step {run.rows[-1]['step']}")
+    if len(run.rows) > 1:
+        minutes = (run.rows[-1]["wall_time"] - run.rows[0]["wall_time"]) / 60
+        facts.append(f"{minutes:.1f} minutes between the first and the last row")
+    memory = [row["memory/peak_gb"] for row in run.rows if "memory/peak_gb" in row]
+    if memory:
+        facts.append(f"peak memory {max(memory):.2f} GB")
+    return "; ".join(facts) + ".\n"
+
+
+def _start_best_final(run: Run) -> str:
+    """Start, best and final evaluation; best has the highest score on the first set."""
+    rows = run.evaluations
+    score = next(iter(run.scores.values()))
+    best = max(rows, key=lambda row: -math.inf if math.isnan(row[score]) else row[score])
+    columns = (("start", rows[0]), ("best", best), ("final", rows[-1]))
+    table = []
+    for name, key in run.scores.items():
+        metric = key.rsplit("/", 1)[1]
+        passes = [k for k in rows[-1] if k.startswith(f"eval/{name}/pass@")]
+        lines = [(key, f"score ({metric})", 3)]
+        lines += [(k, k.rsplit("/", 1)[1], 3) for k in passes if not k.endswith("pass@1")]
+        lines += [(f"eval/{name}/{column}", title, digits) for column, title, digits in COLUMNS]
+        for k, title, digits in lines:
+            values = [tables.number(row.get(k), digits) for _, row in columns]
+            table.append([f"`{name}`", title, *values])
+    header = ["set", "measured", *(f"{title} (step {row['step']})" for title, row in columns)]
+    note = f"Best is the step with the highest score on `{next(iter(run.scores))}`."
+    return tables.markdown(header, table, left=2) + "\n" + note + "\n"
+
+
+TRAINING = (
+    ("reward/mean", "reward", 3),
+    ("reward/group_solved_frac", "groups with a correct response", 3),
+    ("rollout/response_len_mean", LENGTH_LABEL, 1),
+    ("rollout/truncated_frac", "truncated fraction", 3),
+    ("epistemic/per_response", WORD_LABEL, 2),
+    ("epistemic/per_1k_tokens", RATE_LABEL, 2),
+    ("loss/total", "loss", 4),
+    ("loss/distill", "distillation loss", 4),
+    ("policy/entropy", "entropy (nats per token)", 3),
+    ("policy/kl_initial", "KL to the initial policy (nats per token)", 4),
+    ("drift/prob_error", "sampler-trainer probability error", 4),
+    ("optimizer/grad_norm", "gradient norm", 4),
+)
+
+
+def _training_table(run: Run, window: int = 5) -> str:
+    """Means over the first and last few steps of what the training batches measured."""
+    rows = [row for row in run.rows if "reward/mean" in row]
+    window = min(window, len(rows))
+    table = []
+    for key, title, digits in TRAINING:
+        if not any(key in row for row in rows):
+            continue
+        means = [_mean([row.get(key) for row in part]) for part in (rows[:window], rows[-window:])]
+        table.append([title, *(tables.number(value, digits) for value in means)])
+    header = ["mean per step", f"first {window} steps", f"last {window} steps"]
+    return tables.markdown(header, table)
+
+
+def _run_figures(run: Run) -> list[tuple[str, str, list[Panel]]]:
+    """(file, title, panels) of the two plots: score and length; epistemic words."""
+
+    def curves(column: str, training: str) -> list[Curve]:
+        keys = {
+            name: score if column == "score" else f"eval/{name}/{column}"
+            for name, score in run.scores.items()
+        }
+        out = [Curve(name, *run.series(key)) for name, key in keys.items()]
+        steps, values = run.series(training)
+        return out + [Curve("training batches", steps, values, faint=True)] * bool(len(steps))
+
+    score = Panel("Score", "fraction correct", curves("score", "reward/mean"), unit_range=True)
+    length = Panel("Length", LENGTH_LABEL, curves("response_len_mean", "rollout/response_len_mean"))
+    words = Panel(
+        "Epistemic words", WORD_LABEL, curves("epistemic_per_response", "epistemic/per_response")
+    )
+    rate = Panel(
+        "Epistemic words per length",
+        RATE_LABEL,
+        curves("epistemic_per_1k_tokens", "epistemic/per_1k_tokens"),
+    )
+    return [
+        ("score_length.png", "score and length against steps", [score, length]),
+        ("epistemic.png", "epistemic words against steps", [words, rate]),
+    ]
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
+
+
+def run(c: ConfigDict, workdir: str) -> None:
+    """mode='analyze': reports on the workdir, or compares config.analysis.workdirs in it."""
+    path = compare(c.analysis.workdirs, workdir) if c.analysis.workdirs else write_report(workdir)
+    LOG.info("wrote %s", path)
