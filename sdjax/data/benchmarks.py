@@ -46,6 +46,7 @@ class Source:
     reward: str = "math"
     read: Reader = read_row
     split_10: bool = False
+    distinct: str = "prompt"  # what two copies of a problem have in common: prompt or id
 
 
 def read_gsm8k(row: Row, index: int, columns: Columns, style: str) -> Problem:
@@ -105,7 +106,9 @@ def read_livecodebench(row: Row, index: int, columns: Columns, style: str) -> Pr
         how += "enclose your code within delimiters."
     else:
         how = "Read the inputs from stdin solve the problem and write the answer to stdout (do not "
-        how += "directly test on the sample inputs). Enclose your code within delimiters as follows."
+        how += (
+            "directly test on the sample inputs). Enclose your code within delimiters as follows."
+        )
     text = "### Question:\n" + row["question_content"].strip()
     text += LCB_FORMAT.format(how=how, code=starter or "# YOUR CODE HERE")
     tests = _lcb_tests(row.get("public_test_cases")) + _lcb_tests(row.get("private_test_cases"))
@@ -206,6 +209,7 @@ SOURCES |= {
     for subject in SUBJECTS
 }  # fmt: skip
 SOURCES |= {
-    f"task_coverage_{size}": Source((f"task_coverage/{stem}.parquet",))
+    # by id: one question of the 512 stands there twice under two ids, and the paper trained on both
+    f"task_coverage_{size}": Source((f"task_coverage/{stem}.parquet",), distinct="id")
     for size, stem in COVERAGE.items()
 }

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from sdjax.data.prompts import question_of
 from sdjax.records import Problem
 
-_BLANKS = re.compile(r"\s+")
 _WORD = re.compile(r"[^\W_]+|\S")
 
 
@@ -33,7 +32,7 @@ class Overlap:
 
 def normal_text(text: str) -> str:
     """Text with case folded and every run of blanks as one space."""
-    return _BLANKS.sub(" ", text).strip().casefold()
+    return " ".join(text.split()).casefold()
 
 
 def words(text: str) -> list[str]:
@@ -72,7 +71,7 @@ def find_overlap(train: Sequence[Problem], held_out: Sequence[Problem], n: int =
 def without_overlap(
     train: Sequence[Problem], sets: Mapping[str, Sequence[Problem]], n: int = 13
 ) -> tuple[list[Problem], dict[str, Overlap]]:
-    """The training problems that stand in none of the evaluation sets, and what was found in each."""
+    """The training problems that stand in no evaluation set, and what was found in each set."""
     found = {name: find_overlap(train, held_out, n) for name, held_out in sets.items()}
     bad = set().union(*(overlap.positions for overlap in found.values()))
     return [p for i, p in enumerate(train) if i not in bad], found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable
 
 from sdjax.data import benchmarks, sources
 from sdjax.data.benchmarks import SOURCES, Source
@@ -67,7 +67,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a source gave: the problems, the rows that are none, and the counts of what was removed."""
+    """What a source gave: its problems, the rows that are none, and counts of what was removed."""
 
     problems: list[Problem]
     rows: int
@@ -138,33 +138,24 @@ def load_report(data_config, tokenizer=None) -> LoadReport:
             f"config.data.split is {split!r}, but {cfg.name} has {', '.join(source.splits)}"
         )
     rows, origin = _rows(cfg, source, split)
-    problems, bad = _read(rows, cfg, source)
+    count, duplicates, problems, bad = _read(rows, cfg, source)
     if bad and cfg.on_bad_row == "refuse":
         raise ValueError(
             f"row {bad[0].index} of {origin} (and {len(bad) - 1} more) cannot be used: "
             f"{bad[0].reason}; mend it, or set config.data.on_bad_row=skip"
         )
-    kept = unique(problems) if cfg.dedupe else problems
-    short = [p for p in kept if _fits(p, cfg, tokenizer)]
+    short = [p for p in problems if _fits(p, cfg, tokenizer)]
     if not short:
         why = f"; row {bad[0].index}: {bad[0].reason}" if bad else ""
-        raise ValueError(f"{origin} gives no usable problem out of {len(rows)} rows{why}")
+        raise ValueError(f"{origin} gives no usable problem out of {count} rows{why}")
     return LoadReport(
         problems=short[: cfg.limit],
-        rows=len(rows),
+        rows=count,
         bad_rows=bad,
-        duplicates=len(problems) - len(kept),
-        too_long=len(kept) - len(short),
+        duplicates=duplicates,
+        too_long=len(problems) - len(short),
         origin=origin,
     )
-
-
-def unique(problems: Iterable[Problem]) -> list[Problem]:
-    """The problems without those whose prompt (blanks and case aside) came before."""
-    first = {}
-    for problem in problems:
-        first.setdefault(normal_text(problem.prompt), problem)
-    return list(first.values())
 
 
 def _as_config(data_config) -> DataConfig:
@@ -195,41 +186,66 @@ def _synthetic(cfg: DataConfig) -> LoadReport:
     return LoadReport(problems, len(problems), [], 0, 0, f"synthetic/{split}")
 
 
-def _rows(cfg: DataConfig, source: Source, split: str) -> tuple[list[tuple[int, dict]], str]:
+def _rows(cfg: DataConfig, source: Source, split: str) -> tuple[Iterable[tuple[int, dict]], str]:
     """Rows with their index in the source, and the name of where they came from."""
     files = tuple(file.format(split=split) for file in source.files)
     local = None if cfg.name == "hub" else sources.find_local(cfg.path, files)
     if local is not None:
         rows = sources.read_rows(local, split)
         whole = source.split_10 and not local.endswith(f"{split}.json")
-        return benchmarks.split_rows(rows, split) if whole else list(enumerate(rows)), local
+        return benchmarks.split_rows(list(rows), split) if whole else enumerate(rows), local
     hub = cfg.hub or source.hub
+    if not hub and cfg.name == "hub":
+        raise ValueError("config.data.name=hub needs the data set's name in config.data.hub")
     if not hub:
         raise ValueError(
-            f"config.data.name={cfg.name} needs a local file. "
-            + sources.local_hint(cfg.name, files)
+            f"config.data.name={cfg.name} is read from a local file and none was found. "
+            + sources.local_hint("the data", files)
         )
     hub_split = split
     if source.hub_splits and not cfg.hub:
         hub_split = source.hub_splits[source.splits.index(split)]
     rows = sources.read_hub(
-        hub, cfg.hub_config or source.hub_config, hub_split, source.hub_files
+        hub, cfg.hub_config or source.hub_config, hub_split, source.hub_files, files
     )
-    return list(enumerate(rows)), f"hub data set {hub}"
+    return enumerate(rows), f"hub data set {hub}"
 
 
 def _read(
-    rows: Sequence[tuple[int, dict]], cfg: DataConfig, source: Source
-) -> tuple[list[Problem], list[BadRow]]:
+    rows: Iterable[tuple[int, dict]], cfg: DataConfig, source: Source
+) -> tuple[int, int, list[Problem], list[BadRow]]:
+    """Count of rows, count of duplicates, problems, bad rows; copies are dropped as they come."""
     style = source.style if cfg.prompt_style == "auto" else cfg.prompt_style
     read = read_row if cfg.columns != Columns() else source.read
-    problems, bad = [], []
+    count = duplicates = 0
+    problems, bad, seen, seen_raw = [], [], set(), set()
     for index, row in rows:
+        count += 1
+        raw = _raw_prompt(row, cfg.columns) if source.distinct == "prompt" else None
+        if cfg.dedupe and raw is not None and raw in seen_raw:
+            duplicates += 1
+            continue
         try:
-            problems.append(read(row, index, cfg.columns, style))
+            problem = read(row, index, cfg.columns, style)
         except RowError as error:
             bad.append(BadRow(index, str(error)))
-    return problems, bad
+            continue
+        key = problem.id if source.distinct == "id" else normal_text(problem.prompt)
+        if cfg.dedupe and key in seen:
+            duplicates += 1
+            continue
+        seen.add(key)
+        seen_raw.add(raw)
+        problems.append(problem)
+    return count, duplicates, problems, bad
+
+
+def _raw_prompt(row: dict, columns: Columns) -> Hashable:
+    """The prompt column as it stands, hashable: spares a literal copy of a row all further work."""
+    value = row.get(columns.prompt or "prompt")
+    if isinstance(value, list):
+        return tuple(m.get("content") if isinstance(m, dict) else str(m) for m in value)
+    return value if isinstance(value, str) else None
 
 
 def _fits(problem: Problem, cfg: DataConfig, tokenizer) -> bool:

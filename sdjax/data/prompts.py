@@ -36,7 +36,7 @@ def strip_answer_line(text: str) -> str:
 
 
 def dapo_to_boxed(text: str) -> str:
-    """DAPO-Math's prompt rewritten as the paper did (METHODS 3.6); a bare question gets the suffix."""
+    """DAPO-Math's prompt as the paper rewrote it (METHODS 3.6); a bare question gets the suffix."""
     return strip_answer_line(text) + BOXED
 
 
@@ -63,7 +63,7 @@ def styled(text: str, style: str) -> str:
 
 
 def problem_messages(problem: Problem) -> list[dict[str, str]]:
-    """The chat messages of a problem: what came before (system, earlier turns), then the user's turn.
+    """The chat messages of a problem: system and earlier turns if any, then the user's turn.
 
     `problem.meta["history"]` holds the earlier messages where the source has them.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,35 +53,44 @@ def find_local(path: str, candidates: Sequence[str] = ()) -> str | None:
     return path or None
 
 
-def read_rows(path: str, split: str = "") -> list[Row]:
-    """All rows of a file, or of all the files of a folder in the order of their names.
+def read_rows(path: str, split: str = "") -> Iterator[Row]:
+    """The rows of a file, or of all the files of a folder in the order of their names.
 
     In a folder that holds files named after splits (train.json, test-00000.parquet) only those of
     `split` are read. Raises ValueError with the line number for broken JSON.
     """
     if "://" in path or Path(path).is_file():
-        return _read_file(path)
+        yield from _read_file(path)
+        return
     folder = Path(path)
     if (folder / "dataset_info.json").exists() or (folder / "dataset_dict.json").exists():
-        return _read_saved(folder, split)
+        yield from _read_saved(folder, split)
+        return
     files = sorted(p for p in folder.rglob("*") if p.suffix in SUFFIXES)
     named = [p for p in files if split and p.name.startswith(split)]
     if not files:
         raise ValueError(f"config.data.path={path} holds no {', '.join(SUFFIXES)} file")
-    return [row for file in named or files for row in _read_file(str(file))]
+    for file in named or files:
+        yield from _read_file(str(file))
 
 
-def read_hub(hub: str, config: str = "", split: str = "train", files: str = "") -> list[Row]:
-    """All rows of a hub data set, through `datasets`; `files` picks raw JSONL files of it.
+def read_hub(
+    hub: str,
+    config: str = "",
+    split: str = "train",
+    raw_file: str = "",
+    candidates: Sequence[str] = (),
+) -> Iterable[Row]:
+    """The rows of a hub data set, through `datasets`; `raw_file` picks one JSONL file of it.
 
-    Raises ValueError with the way to a local copy when it cannot be had.
+    Raises ValueError with the way to a local copy (at `candidates`) when it cannot be had.
     """
     import datasets
 
     try:
-        if files:
+        if raw_file:
             loaded = datasets.load_dataset(
-                "json", data_files=f"hf://datasets/{hub}/{files}", split="train"
+                "json", data_files=f"hf://datasets/{hub}/{raw_file}", split="train"
             )
         else:
             loaded = datasets.load_dataset(hub, config or None, split=split)
@@ -90,26 +99,25 @@ def read_hub(hub: str, config: str = "", split: str = "train", files: str = "") 
         raise ValueError(
             f"data set {hub!r} (split {split!r}) could not be loaded from the hub: "
             f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}. "
-            + local_hint(hub)
+            + local_hint(hub, candidates)
         ) from error
-    return list(loaded)
+    return loaded
 
 
 def local_hint(name: str, candidates: Sequence[str] = ()) -> str:
     """The sentence that tells how to use a local copy of a data set."""
     places = f", or put it at $SDJAX_DATA/{candidates[0]}" if candidates else ""
     return (
-        f"Without a network, point config.data.path to a local copy of {name} (a {', '.join(SUFFIXES)} "
-        f"file, a folder of them, or a folder written by datasets' save_to_disk){places}."
+        f"Without a network, point config.data.path to a local copy of {name} (a "
+        f"{', '.join(SUFFIXES)} file, a folder of them, or one written by save_to_disk of datasets)"
+        f"{places}."
     )
 
 
-def _read_file(path: str) -> list[Row]:
+def _read_file(path: str) -> Iterator[Row]:
     if path.endswith(".parquet"):
-        import pyarrow.parquet as parquet
-
-        with fsspec.open(path, "rb") as file:
-            return parquet.read_table(file).to_pylist()
+        yield from _read_parquet(path)
+        return
     if not path.endswith(SUFFIXES):
         raise ValueError(
             f"config.data.path={path} has an unknown ending: supported are {', '.join(SUFFIXES)}"
@@ -117,9 +125,25 @@ def _read_file(path: str) -> list[Row]:
     with fsspec.open(path, "rt", encoding="utf-8") as file:
         text = file.read()
     if text.lstrip()[:1] == "[":
-        return _checked(_parse(text, path, 1), path)
-    lines = enumerate(text.split("\n"), start=1)
-    return _checked([_parse(line, path, n) for n, line in lines if line.strip()], path)
+        rows = _parse(text, path, 1)
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        rows = (_parse(line, path, number) for number, line in lines if line.strip())
+    for index, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}: row {index} is a {type(row).__name__}, but every row must be an object"
+            )
+        yield row
+
+
+def _read_parquet(path: str) -> Iterator[Row]:
+    """In batches: DAPO-Math's file has 1.8 million rows, a hundred copies of each question."""
+    import pyarrow.parquet as parquet
+
+    with fsspec.open(path, "rb") as file:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=4096):
+            yield from batch.to_pylist()
 
 
 def _parse(text: str, path: str, line: int) -> Any:
@@ -129,16 +153,7 @@ def _parse(text: str, path: str, line: int) -> Any:
         raise ValueError(f"{path}, line {line}: broken JSON ({error})") from error
 
 
-def _checked(rows: Any, path: str) -> list[Row]:
-    for index, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}: row {index} is a {type(row).__name__}, but every row must be an object"
-            )
-    return rows
-
-
-def _read_saved(folder: Path, split: str) -> list[Row]:
+def _read_saved(folder: Path, split: str) -> Iterable[Row]:
     import datasets
 
     loaded = datasets.load_from_disk(str(folder))
@@ -148,4 +163,4 @@ def _read_saved(folder: Path, split: str) -> list[Row]:
                 f"{folder} has the splits {', '.join(loaded)}, but config.data.split is {split!r}"
             )
         loaded = loaded[split]
-    return list(loaded)
+    return loaded

@@ -148,7 +148,7 @@ def choose_views(
 
 
 def demonstration(text: str, answer: str | None, cfg: ContextConfig) -> str:
-    """The text shown of a correct solution: thinking removed and a part held back, as configured."""
+    """What is shown of a correct solution: thinking removed, a part held back, as configured."""
     if cfg.strip_think:
         text = STRIPPERS[cfg.strip_style](text)
     return reveal(text, answer, cfg.reveal_ratio) if cfg.reveal_ratio < 1 else text
@@ -216,9 +216,7 @@ def build_contexts(
         answers=[r.problem.answer for r in rollouts],
         rng=np.random.default_rng((seed, step)),
     )
-    render = _Renderer(
-        cfg, tokenizer, cfg.teacher_thinking(enable_thinking), system, chat_template
-    )
+    render = _Renderer(cfg, tokenizer, cfg.teacher_thinking(enable_thinking), system, chat_template)
     contexts = [
         render(r.problem, view, reward >= cfg.success_threshold)
         for r, view, reward in zip(rollouts, views, rewards, strict=True)
@@ -269,13 +267,13 @@ class _Renderer:
         """
         field = "solution" if view.solution is not None else "feedback"
         value = getattr(view, field)
-        ids = [] if value is None else self.tokenizer.encode(value, add_special_tokens=False)
-        while ids:
+        ids = chat.encode_text(self.tokenizer, value or "")
+        while len(ids):
             ids = ids[excess:] if field == "solution" else ids[: max(0, len(ids) - excess)]
             shorter = dataclasses.replace(view, **{field: chat.decode(self.tokenizer, ids)})
             text, tokens = self._render(problem, shorter, correct)
             excess = len(tokens) - self.cfg.max_len
-            if excess <= 0 and ids:
+            if excess <= 0 and len(ids):
                 return TeacherContext(tokens, view.kind, text, truncated=True)
         return TeacherContext(None, "too_long")
 
@@ -285,7 +283,7 @@ class _Renderer:
         )
         text = chat.render_prompt(self.tokenizer, messages, **self.chat)
         if text not in self.known:
-            self.known[text] = chat.encode_prompt(self.tokenizer, messages, **self.chat)
+            self.known[text] = chat.encode_text(self.tokenizer, text)
         return text, self.known[text]
 
 

@@ -1,4 +1,4 @@
-"""Removes a response's thinking from a demonstration, in the three ways that published code does it.
+"""Removes a response's thinking from a demonstration, in the three ways of published code.
 
 Plain string searches instead of the references' lazy regular expressions: the same text comes out
 (a property test holds it), in linear time even for a response that opens `<think>` ten thousand
@@ -20,8 +20,8 @@ def strip_sdpo(text: str) -> str:
 def strip_analysis(text: str) -> str:
     """As `strip_sdpo`, then without everything up to a leftover `</think>` (the paper's code).
 
-    The second step is what a template that opens `<think>` in the prompt needs (DeepSeek-R1-Distill):
-    its responses close a block that they never opened.
+    The second step is what a template that opens `<think>` in the prompt needs, as that of
+    DeepSeek-R1-Distill: its responses close a block that they never opened.
     """
     text = strip_sdpo(text)
     end = text.find(CLOSE)
