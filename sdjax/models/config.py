@@ -40,20 +40,28 @@ ONLY = {
     "no_rope_layers": (None,),
     "query_pre_attn_scalar": (None,),
 }
+PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters: W + (alpha / rank) A B on the `targets`, names of w_* leaves.
+    """Low-rank adapters: W + (alpha / rank) A B on each of `targets`, names of PROJECTIONS.
 
     `dropout` is the rate on the adapter's input during training (PEFT's lora_dropout).
     """
 
     rank: int
     alpha: float
-    targets: tuple[str, ...] = ("w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down")
+    targets: tuple[str, ...] = PROJECTIONS
     dropout: float = 0.0
+
+    def __post_init__(self):
+        unknown = [t for t in self.targets if t not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise ValueError(
+                f"model.lora.targets={self.targets!r}: choose from {', '.join(PROJECTIONS)}"
+            )
 
     @property
     def scale(self) -> float:
