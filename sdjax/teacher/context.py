@@ -270,7 +270,8 @@ class _Renderer:
         ids = chat.encode_text(self.tokenizer, value or "")
         while len(ids):
             ids = ids[excess:] if field == "solution" else ids[: max(0, len(ids) - excess)]
-            shorter = dataclasses.replace(view, **{field: chat.decode(self.tokenizer, ids)})
+            cut = chat.decode(self.tokenizer, ids).strip("\ufffd")  # half of a cut character
+            shorter = dataclasses.replace(view, **{field: cut})
             text, tokens = self._render(problem, shorter, correct)
             excess = len(tokens) - self.cfg.max_len
             if excess <= 0 and len(ids):
