@@ -1,0 +1,192 @@
+"""Every sampler setting against a plain NumPy reference, and the randomness it is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax.rollout import sampling
+
+DRAWS = 20_000
+sample = jax.jit(sampling.sample, static_argnums=(3, 4))
+SETTINGS = {
+    "plain": dict(),
+    "cold": dict(temperature=0.6),
+    "hot": dict(temperature=1.7),
+    "top_k": dict(top_k=5),
+    "top_p": dict(top_p=0.8),
+    "min_p": dict(min_p=0.1),
+    "top_k+top_p": dict(top_k=7, top_p=0.7),
+    "all": dict(temperature=0.9, top_k=9, top_p=0.9, min_p=0.05),
+    "top_p beyond the candidates": dict(top_p=0.97),
+    "top_k beyond the candidates": dict(top_k=40, top_p=0.95),
+    "top_p 0": dict(top_p=0.0),
+}
+
+
+def settings(rows: int, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) -> sampling.Settings:
+    return sampling.Settings(
+        jnp.full(rows, temperature, jnp.float32),
+        jnp.full(rows, top_k, jnp.int32),
+        jnp.full(rows, top_p, jnp.float32),
+        jnp.full(rows, min_p, jnp.float32),
+    )
+
+
+def reference(logits_V, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Probabilities before and after truncation: sort, cut, renormalise, in float64."""
+    x_V = np.asarray(logits_V, np.float64) / temperature
+    p_V = np.exp(x_V - x_V.max())
+    p_V /= p_V.sum()
+    order = np.argsort(-p_V, kind="stable")
+    cut_V = p_V[order].copy()
+    if top_k:
+        cut_V[top_k:] = 0.0
+        cut_V /= cut_V.sum()
+    before_V = np.cumsum(cut_V) - cut_V
+    keep_V = (cut_V > 0) & ((before_V < top_p) | (np.arange(len(p_V)) == 0))
+    keep_V &= p_V[order] >= min_p * p_V.max()
+    kept_V = np.zeros_like(p_V)
+    kept_V[order[keep_V]] = p_V[order[keep_V]]
+    return p_V, kept_V / kept_V.sum()
+
+
+def draw_many(logits_V, seed=0, candidates=16, rows=2_000, by_row=False, **options):
+    """`DRAWS` draws from one distribution, as many rows of one batch at different positions."""
+    logits_BV = jnp.broadcast_to(logits_V, (rows, len(logits_V)))
+    draws = []
+    for start in range(0, DRAWS, rows):
+        key_B2 = sampling.request_keys(*[jnp.full(rows, seed, jnp.uint32)] * 3)
+        uniform_B2 = sampling.uniforms(key_B2, jnp.arange(start, start + rows))
+        draws.append(sample(logits_BV, settings(rows, **options), uniform_B2, candidates, by_row))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *draws)
+
+
+def chi_square(token, p_V) -> float:
+    """Pearson's statistic in standard deviations above its mean; rare cells are joined."""
+    observed_V = np.bincount(token, minlength=len(p_V))
+    assert observed_V[p_V == 0].sum() == 0, "a truncated token was drawn"
+    expected_V = p_V * len(token)
+    common_V = expected_V >= 5
+    observed = np.append(observed_V[common_V], observed_V[~common_V].sum())
+    expected = np.append(expected_V[common_V], max(expected_V[~common_V].sum(), 1e-9))
+    cells = max(1, int((expected > 1e-6).sum()) - 1)
+    statistic = ((observed - expected) ** 2 / expected)[expected > 1e-6].sum()
+    return float((statistic - cells) / np.sqrt(2 * cells))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_draws_follow_the_reference_distribution(name):
+    """Catches a wrong order of truncations, an off-by-one nucleus and a biased inverse CDF."""
+    options = SETTINGS[name]
+    logits_V = (
+        np.random.default_rng(1).normal(size=300).astype(np.float32) * 1.5
+    )  # 3 blocks, padded
+    p_V, kept_V = reference(logits_V, **options)
+    draw = draw_many(logits_V, **options)
+    assert chi_square(draw.token, kept_V) < 4
+    np.testing.assert_allclose(draw.logp, np.log(p_V[draw.token]), atol=2e-5)
+    np.testing.assert_allclose(draw.truncated_logp, np.log(kept_V[draw.token]), atol=2e-5)
+    assert draw.finite.all()
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_fallback_finds_the_floor_that_a_sort_finds(by_row):
+    """Flat rows need the exact bisection; rows beside them are solved by candidates."""
+    rng = np.random.default_rng(2)
+    logits_BV = rng.normal(size=(6, 1000)).astype(np.float32) * np.array(
+        [[0.1], [8], [1], [0], [3], [1]]
+    )
+    top_k = np.array([0, 0, 500, 0, 7, 300])
+    top_p = np.array([0.9, 0.9, 1.0, 0.5, 0.9, 0.6])
+    s = sampling.Settings(
+        jnp.ones(6), jnp.asarray(top_k), jnp.asarray(top_p, jnp.float32), jnp.zeros(6)
+    )
+    uniform_B2 = jnp.asarray(rng.random((6, 2)), jnp.float32)
+    draw = sample(jnp.asarray(logits_BV, jnp.float32), s, uniform_B2, 32, by_row)
+    for row in range(6):
+        _, kept_V = reference(logits_BV[row], top_k=top_k[row], top_p=top_p[row])
+        if row == 3:  # all tied: a floor keeps every tied token
+            kept_V = np.full(1000, 1e-3)
+        assert kept_V[draw.token[row]] > 0
+        expected = np.log(kept_V[draw.token[row]])
+        np.testing.assert_allclose(draw.truncated_logp[row], expected, atol=3e-4)
+
+
+def padded(logits, rows=8, vocab=512):
+    """Logits in the one shape that the small tests share, the rest never drawn."""
+    logits = jnp.asarray(logits, jnp.float32)
+    spare = ((0, rows - logits.shape[0]), (0, vocab - logits.shape[1]))
+    return jnp.pad(logits, spare, constant_values=-jnp.inf).at[len(logits) :, 0].set(0.0)
+
+
+def test_rows_with_different_settings_do_not_touch_each_other():
+    """A row's token is the same alone and beside truncating, greedy or flat neighbours."""
+    rng = np.random.default_rng(3)
+    logits_BV = jnp.asarray(rng.normal(size=(8, 512)) * 2, jnp.float32)
+    s = sampling.Settings(
+        jnp.asarray([1, 0, 0.7, 1, 1, 2, 1, 0], jnp.float32),
+        jnp.asarray([0, 0, 3, 0, 200, 0, 9, 5]),
+        jnp.asarray([1, 1, 1, 0.5, 0.99, 0.999, 0.9, 1], jnp.float32),
+        jnp.asarray([0, 0, 0, 0.2, 0, 0, 0.01, 0], jnp.float32),
+    )
+    uniform_B2 = jnp.asarray(rng.random((8, 2)), jnp.float32)
+    together = sample(logits_BV, s, uniform_B2, 16)
+    for b in range(8):
+        alike = lambda x, b=b: jnp.broadcast_to(x[b : b + 1], x.shape)
+        alone = sample(alike(logits_BV), jax.tree.map(alike, s), alike(uniform_B2), 16)
+        assert int(alone.token[0]) == int(together.token[b])
+        np.testing.assert_allclose(alone.truncated_logp[0], together.truncated_logp[b], atol=1e-6)
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    logits_BV = padded([[0.0, 3.0, 3.0, 1.0], [5.0, 1.0, 1.0, 5.0]])
+    draw = sample(logits_BV, settings(8, temperature=0.0), jnp.full((8, 2), 0.99), 16)
+    assert draw.token.tolist()[:2] == [1, 0]
+    assert draw.truncated_logp.tolist() == [0.0] * 8
+    expected_B = jax.nn.log_softmax(logits_BV)[jnp.arange(8), draw.token]
+    np.testing.assert_allclose(draw.logp, expected_B, 1e-6)
+
+
+def test_streams_depend_on_every_name_and_on_nothing_else():
+    """A stream that ignored the sample index would give all responses of a group one answer."""
+    base = np.array([3, 4, 5])
+    rows = np.stack([base, base, base + [1, 0, 0], base + [0, 1, 0], base + [0, 0, 1]])
+    key_B2 = sampling.request_keys(*(jnp.asarray(column, jnp.uint32) for column in rows.T))
+    uniform_B2 = np.asarray(sampling.uniforms(key_B2, jnp.full(5, 9)))
+    assert (uniform_B2[0] == uniform_B2[1]).all()
+    assert len({tuple(u) for u in uniform_B2.tolist()}) == 4
+    later_B2 = np.asarray(sampling.uniforms(key_B2, jnp.full(5, 10)))
+    assert (later_B2 != uniform_B2).all()
+    many_B2 = np.asarray(sampling.uniforms(jnp.tile(key_B2[:1], (20_000, 1)), jnp.arange(20_000)))
+    assert 0 <= many_B2.min() and many_B2.max() < 1
+    np.testing.assert_allclose(many_B2.mean(0), 0.5, atol=0.01)
+    assert abs(np.corrcoef(many_B2.T)[0, 1]) < 0.03
+
+
+def test_broken_logits_are_reported_not_sampled_over():
+    logits_BV = jnp.zeros((8, 512)).at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf).at[3].set(-jnp.inf)
+    draw = sample(logits_BV, settings(8, top_p=0.9), jnp.full((8, 2), 0.5), 16)
+    assert draw.finite.tolist() == [True, False, False, False] + [True] * 4
+
+
+def test_masked_tokens_are_never_drawn():
+    """-inf logits have weight 0 even where a uniform of 0 or nearly 1 points at them."""
+    logits_V = jnp.full(512, -jnp.inf).at[jnp.asarray([130, 131, 390])].set(0.0)
+    top = 1 - 2**-24
+    uniform_B2 = jnp.asarray([[0, 0], [0, top], [top, 0], [top, top]] * 2, jnp.float32)
+    draw = sample(jnp.broadcast_to(logits_V, (8, 512)), settings(8), uniform_B2, 16)
+    assert draw.token.tolist()[:4] == [130, 131, 390, 390]
+
+
+def test_forced_tokens_are_scored_not_drawn():
+    """Their log-probability is after temperature, whatever the truncation would have left."""
+    logits_BV = jnp.asarray(np.random.default_rng(0).normal(size=(8, 512)), jnp.float32)
+    forced_B = jnp.asarray([7, -1, 300, -1, -1, -1, -1, -1])
+    s = settings(8, temperature=0.5, top_k=1)
+    draw = sample(logits_BV, s, jnp.full((8, 2), 0.5), 16, False, forced_B)
+    logp_BV = np.asarray(jax.nn.log_softmax(logits_BV / 0.5))
+    assert draw.token.tolist()[0::2][:2] == [7, 300]
+    np.testing.assert_allclose(draw.logp[0], logp_BV[0, 7], rtol=1e-5)
+    np.testing.assert_allclose(draw.truncated_logp[2], logp_BV[2, 300], rtol=1e-5)
+    assert int(draw.token[1]) == int(logp_BV[1].argmax())
