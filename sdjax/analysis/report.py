@@ -18,10 +18,11 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
-from sdjax.analysis import figures, tables
+from sdjax.analysis import figures, judge, tables, word_shift
 from sdjax.analysis.compare import compare
 from sdjax.analysis.figures import Curve, Panel
 from sdjax.analysis.runs import COLUMNS, LENGTH_LABEL, RATE_LABEL, WORD_LABEL, Run
+from sdjax.metrics import read_rows
 
 LOG = logging.getLogger(__name__)
 
@@ -145,6 +146,59 @@ def _mean(values: Sequence[float | None]) -> float:
 
 
 def run(c: ConfigDict, workdir: str) -> None:
-    """mode='analyze': reports on the workdir, or compares config.analysis.workdirs in it."""
-    path = compare(c.analysis.workdirs, workdir) if c.analysis.workdirs else write_report(workdir)
-    LOG.info("wrote %s", path)
+    """mode='analyze': writes what config.analysis.kind names into the workdir and says where."""
+    kinds = {"report": lambda: write_report(workdir), "compare": lambda: _compare(c, workdir)}
+    kinds |= {"word_shift": lambda: _word_shift(c, workdir), "judge": lambda: _judge(c, workdir)}
+    LOG.info("wrote %s", kinds[c.analysis.kind]())
+
+
+def _compare(c: ConfigDict, workdir: str) -> pathlib.Path:
+    return compare(c.analysis.workdirs, workdir)
+
+
+def _word_shift(c: ConfigDict, workdir: str) -> pathlib.Path:
+    """word_shift.md: each file of config.analysis.responses against config.analysis.base."""
+    base = _responses(c.analysis.base, "config.analysis.base")
+    if not c.analysis.responses:
+        raise ValueError("config.analysis.responses is empty: name the files to compare")
+    models = {path: _responses(path, "config.analysis.responses") for path in c.analysis.responses}
+    shifts = {
+        path: word_shift.word_shift(base, texts, c.analysis.min_count)
+        for path, texts in models.items()
+    }
+    return _write(workdir, "word_shift.md", word_shift.table(shifts))
+
+
+def _judge(c: ConfigDict, workdir: str) -> pathlib.Path:
+    """judge_prompts.jsonl, or judge.md once config.analysis.judge_replies names the replies."""
+    if not c.analysis.judge_replies:
+        texts = [
+            t for p in c.analysis.responses for t in _responses(p, "config.analysis.responses")
+        ]
+        if not texts:
+            raise ValueError("config.analysis.responses is empty: name the files to be judged")
+        path = _write(workdir, "judge_prompts.jsonl", "")
+        judge.write_prompts(texts, path)
+        return path
+    judgements, unreadable = judge.read_replies(c.analysis.judge_replies)
+    counts = [judgement.count for judgement in judgements.values()]
+    row = [str(len(counts)), tables.mean_and_spread(counts, 2), str(len(unreadable))]
+    header = ["replies", "expressions of doubt per response", "unreadable replies"]
+    return _write(workdir, "judge.md", tables.markdown(header, [row], left=0))
+
+
+def _responses(path: str, field: str) -> list[str]:
+    """The texts of a file of responses, as mode='evaluate' writes it."""
+    if not path or not pathlib.Path(path).exists():
+        raise ValueError(f"{field} is {path!r}, which is not a file of responses (JSON lines)")
+    rows = read_rows(path)
+    if not all("response" in row for row in rows):
+        raise ValueError(f'{field}: {path} has a line without "response"')
+    return [row["response"] for row in rows]
+
+
+def _write(workdir: str, name: str, text: str) -> pathlib.Path:
+    path = pathlib.Path(workdir) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
