@@ -90,3 +90,44 @@ def constrain(x: jax.Array, letters: str) -> jax.Array:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def process_copies_mesh(local_mesh: Mesh) -> Mesh:
+    """The mesh on which every process holds one whole copy, laid out as its own `local_mesh`.
+
+    Axes ("process", data, fsdp, tensor, context); raises ValueError when processes have different
+    numbers of devices.
+    """
+    count = jax.process_count()
+    shape = tuple(local_mesh.shape[axis] for axis in MESH_AXES)
+    if jax.device_count() != count * local_mesh.size:
+        raise ValueError(
+            f"{jax.device_count()} devices do not split evenly over {count} processes, so rollouts "
+            "cannot run in each: use hosts with the same number of devices"
+        )
+    grid = np.asarray(jax.devices(), dtype=object).reshape(count, *shape)
+    return Mesh(grid, ("process", *MESH_AXES), axis_types=(AxisType.Auto,) * (len(shape) + 1))
+
+
+def to_process(tree: Any, specs: Any, local_mesh: Mesh) -> Any:
+    """Copies a tree of global arrays onto each process's `local_mesh`, device to device.
+
+    `specs` is a tree of PartitionSpecs on the local axes. Alone this is a plain reshard. On several
+    processes it is a collective: all of them must call it.
+    """
+    shardings = jax.tree.map(lambda s: NamedSharding(local_mesh, s), specs, is_leaf=_is_spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    copies = process_copies_mesh(local_mesh)
+    spread = jax.tree.map(lambda s: NamedSharding(copies, s), specs, is_leaf=_is_spec)
+    tree = jax.jit(lambda x: x, out_shardings=spread)(tree)
+
+    def mine(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+        shards = [shard.data for shard in x.addressable_shards]
+        return jax.make_array_from_single_device_arrays(x.shape, sharding, shards)
+
+    return jax.tree.map(mine, tree, shardings)
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
