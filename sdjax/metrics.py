@@ -8,6 +8,9 @@ Keys are `area/name`; a number that is not finite is written as null, so that th
 JSON, and read back as NaN. Continuing a run removes the rows of the steps that will be done again,
 and a last line cut in half by a kill. What the numbers mean is decided by the callers, except for
 `rollout_metrics`, which summarises sampled responses. The display is in `sdjax.progress`.
+
+A bucket (gs://...) cannot be appended to: there the files are written to a local folder and copied
+whenever `flush` is called and every minute.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ import json
 import math
 import os
 import pathlib
+import shutil
+import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from sdjax.analysis import epistemic
 from sdjax.records import Rollout
@@ -28,14 +34,15 @@ from sdjax.records import Rollout
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+COPY_EVERY_S = 60.0  # to a bucket
 
 
 class MetricsWriter:
     """Appends to a workdir's metrics files; every method does nothing on processes other than 0.
 
     `resume_step` is the step of the checkpoint that training goes on from: later rows are removed.
-    None starts afresh and removes all rows. Whatever belongs to a step must be written before the
-    checkpoint of that step is saved.
+    None starts afresh and removes all rows. Whatever belongs to a step must be written, and `flush`
+    called, before the checkpoint of that step is saved.
     """
 
     def __init__(
@@ -50,7 +57,8 @@ class MetricsWriter:
         self._events = None
         if not self._enabled:
             return
-        self._dir = pathlib.Path(workdir)
+        self._bucket = _Bucket(workdir) if "://" in os.fspath(workdir) else None
+        self._dir = self._bucket.local if self._bucket else pathlib.Path(workdir)
         self._dir.mkdir(parents=True, exist_ok=True)
         self._metrics = _open_trimmed(self._dir / METRICS_FILE, resume_step)
         self._samples = _open_trimmed(self._dir / SAMPLES_FILE, resume_step)
@@ -77,6 +85,8 @@ class MetricsWriter:
         if self._events is not None:
             for key, value in values.items():
                 self._events.add_scalar(key, value, int(step))
+        if self._bucket is not None and self._bucket.due():
+            self.flush()
 
     def text(self, step: int, name: str, text: str) -> None:
         """Appends one text sample; TensorBoard shows it as preformatted text."""
@@ -88,18 +98,25 @@ class MetricsWriter:
             self._events.add_text(name, indented, int(step))
 
     def flush(self) -> None:
-        """Pushes TensorBoard's events to disk; the JSON lines are there already."""
-        if self._events is not None:
-            self._events.flush()
-
-    def close(self) -> None:
-        """Closes the files; writing afterwards is an error."""
+        """Pushes TensorBoard's events to disk (the JSON lines are there), and all to a bucket."""
         if not self._enabled:
             return
+        if self._events is not None:
+            self._events.flush()
+        if self._bucket is not None:
+            self._bucket.copy()
+
+    def close(self) -> None:
+        """Flushes and closes the files; writing afterwards is an error."""
+        if not self._enabled:
+            return
+        self.flush()
         self._metrics.close()
         self._samples.close()
         if self._events is not None:
             self._events.close()
+        if self._bucket is not None:
+            self._bucket.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -108,13 +125,43 @@ class MetricsWriter:
         self.close()
 
 
+class _Bucket:
+    """A local folder that stands for a remote one; starts with the remote JSON lines."""
+
+    def __init__(self, url: str | os.PathLike):
+        self._remote = epath.Path(url)
+        self.local = pathlib.Path(tempfile.mkdtemp(prefix="sdjax-metrics-"))
+        self._sizes: dict[pathlib.Path, int] = {}
+        self._copied = time.monotonic()
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            if (self._remote / name).exists():
+                (self.local / name).write_bytes((self._remote / name).read_bytes())
+
+    def due(self) -> bool:
+        return time.monotonic() - self._copied >= COPY_EVERY_S
+
+    def copy(self) -> None:
+        """Copies the files that have changed; the files only grow, so their size tells."""
+        for path in (path for path in self.local.rglob("*") if path.is_file()):
+            size = path.stat().st_size
+            if self._sizes.get(path) != size:
+                target = self._remote / path.relative_to(self.local).as_posix()
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+                self._sizes[path] = size
+        self._copied = time.monotonic()
+
+    def close(self) -> None:
+        shutil.rmtree(self.local)
+
+
 def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
     """Rows of a JSON-lines file in order, without a half-written last line; nulls become NaN.
 
     Raises ValueError when a line other than the last is not JSON.
     """
     rows = []
-    lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    lines = epath.Path(path).read_text(encoding="utf-8").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -130,7 +177,7 @@ def read_rows(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The workdir's metrics by ascending step, one dict per step: rows of one step are merged."""
-    path = pathlib.Path(workdir) / METRICS_FILE
+    path = epath.Path(workdir) / METRICS_FILE
     if not path.exists():
         raise ValueError(f"{path} not found: is {workdir} the workdir of a run?")
     merged: dict[int, dict[str, Any]] = {}

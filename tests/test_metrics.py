@@ -119,6 +119,27 @@ def test_tensorboard_gets_the_same_numbers(tmp_path):
     assert values == {1: 1.0, 2: 2.5, 3: 3.5, 4: 4.5}
 
 
+def test_a_bucket_gets_whole_files(tmp_path, monkeypatch):
+    """A bucket cannot be appended to; resuming must begin with the rows that are there."""
+    real = metrics.epath.Path
+    monkeypatch.setattr(
+        metrics.epath, "Path", lambda path: real(str(path).replace("gs://bucket", str(tmp_path)))
+    )
+    write_steps("gs://bucket/run", [1, 2, 3])
+    write_steps("gs://bucket/run", [3], resume_step=2)
+    assert [row["step"] for row in metrics.read_metrics("gs://bucket/run")] == [1, 2, 3]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        metrics.METRICS_FILE,
+        metrics.SAMPLES_FILE,
+    }
+    writer = metrics.MetricsWriter("gs://bucket/run", 3)
+    writer.write(4, {"loss/total": 1.0})
+    writer.flush()
+    assert (tmp_path / "run" / metrics.TENSORBOARD_DIR).exists()
+    assert len(metrics.read_metrics("gs://bucket/run")) == 4
+    writer.close()
+
+
 def rollout(group, correct, text, length, finish="eos"):
     return Rollout(
         problem=Problem("p", "q", "a"),

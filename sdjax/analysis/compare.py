@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import pathlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from sdjax.analysis import figures, tables
 from sdjax.analysis.figures import Curve, Panel
@@ -19,9 +20,9 @@ from sdjax.analysis.runs import COLUMNS, LENGTH_LABEL, WORD_LABEL, Run
 
 
 def compare(
-    workdirs: Sequence[str | pathlib.Path] | Mapping[str, Sequence[str | pathlib.Path]],
-    out: str | pathlib.Path,
-) -> pathlib.Path:
+    workdirs: Sequence[str | os.PathLike] | Mapping[str, Sequence[str | os.PathLike]],
+    out: str | os.PathLike,
+) -> epath.Path:
     """Writes compare.md with mean and spread over seeds, and compare.png; returns the table's path.
 
     A mapping names the methods; a plain sequence is grouped by what the configs say apart from the
@@ -35,7 +36,7 @@ def compare(
     names = [name for name in first.scores if name in shared]
     if not names:
         raise ValueError(f"the runs {', '.join(map(str, workdirs))} share no evaluation set")
-    out = pathlib.Path(out)
+    out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     parts = ["# Comparison\n", _seeds_line(groups)]
     for name in names:

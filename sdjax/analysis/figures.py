@@ -7,10 +7,11 @@ decided by `report`.
 from __future__ import annotations
 
 import dataclasses
-import pathlib
+import io
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,7 +47,7 @@ class Panel:
     unit_range: bool = False
 
 
-def save(panels: Sequence[Panel], path: pathlib.Path, xlabel: str = "training step") -> None:
+def save(panels: Sequence[Panel], path: epath.Path, xlabel: str = "training step") -> None:
     """Draws the panels, at most three in a row. One legend when all share their labels."""
     columns = len(panels) if len(panels) <= 3 else 2
     rows = -(-len(panels) // columns)
@@ -65,7 +66,9 @@ def save(panels: Sequence[Panel], path: pathlib.Path, xlabel: str = "training st
     if shared and len(labels[0]) > 1:
         handles, names = axes[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False)
-    figure.savefig(path)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    path.write_bytes(png.getvalue())
 
 
 def _draw(ax: Axes, panel: Panel, xlabel: str) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import os
 from collections.abc import Sequence
 from typing import Any
+
+from etils import epath
 
 from sdjax.metrics import read_rows
 
@@ -48,10 +50,10 @@ def build_prompt(response: str) -> str:
     return PROMPT.format(response=response, max_examples=MAX_EXAMPLES)
 
 
-def write_prompts(responses: Sequence[str], path: str | pathlib.Path) -> None:
+def write_prompts(responses: Sequence[str], path: str | os.PathLike) -> None:
     """One JSON object per line: {"id": place of the response, "prompt": text}."""
     lines = [json.dumps({"id": i, "prompt": build_prompt(r)}) for i, r in enumerate(responses)]
-    pathlib.Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    epath.Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def parse_reply(reply: str) -> Judgement:
@@ -80,7 +82,7 @@ def _valid(value: Any) -> bool:
     return isinstance(count, int) and not isinstance(count, bool) and count >= 0
 
 
-def read_replies(path: str | pathlib.Path) -> tuple[dict[int, Judgement], list[str]]:
+def read_replies(path: str | os.PathLike) -> tuple[dict[int, Judgement], list[str]]:
     """Judgements by response id from lines of {"id": ..., "reply": ...}, and what was unreadable.
 
     A reply that cannot be read is reported, not counted as zero doubt.

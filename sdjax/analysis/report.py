@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import math
-import pathlib
+import os
 from collections.abc import Sequence
 
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from sdjax.analysis import figures, judge, tables, word_shift
@@ -29,7 +30,7 @@ LOG = logging.getLogger(__name__)
 REPORT_FILE = "report.md"
 
 
-def write_report(workdir: str | pathlib.Path) -> pathlib.Path:
+def write_report(workdir: str | os.PathLike) -> epath.Path:
     """Writes report.md and its plots into the workdir; returns the report's path."""
     run = Run.read(workdir)
     parts = [f"# {run.method} run `{run.workdir.name}`\n", _facts(run)]
@@ -152,11 +153,11 @@ def run(c: ConfigDict, workdir: str) -> None:
     LOG.info("wrote %s", kinds[c.analysis.kind]())
 
 
-def _compare(c: ConfigDict, workdir: str) -> pathlib.Path:
+def _compare(c: ConfigDict, workdir: str) -> epath.Path:
     return compare(c.analysis.workdirs, workdir)
 
 
-def _word_shift(c: ConfigDict, workdir: str) -> pathlib.Path:
+def _word_shift(c: ConfigDict, workdir: str) -> epath.Path:
     """word_shift.md: each file of config.analysis.responses against config.analysis.base."""
     base = _responses(c.analysis.base, "config.analysis.base")
     if not c.analysis.responses:
@@ -169,7 +170,7 @@ def _word_shift(c: ConfigDict, workdir: str) -> pathlib.Path:
     return _write(workdir, "word_shift.md", word_shift.table(shifts))
 
 
-def _judge(c: ConfigDict, workdir: str) -> pathlib.Path:
+def _judge(c: ConfigDict, workdir: str) -> epath.Path:
     """judge_prompts.jsonl, or judge.md once config.analysis.judge_replies names the replies."""
     if not c.analysis.judge_replies:
         texts = [
@@ -189,7 +190,7 @@ def _judge(c: ConfigDict, workdir: str) -> pathlib.Path:
 
 def _responses(path: str, field: str) -> list[str]:
     """The texts of a file of responses, as mode='evaluate' writes it."""
-    if not path or not pathlib.Path(path).exists():
+    if not path or not epath.Path(path).exists():
         raise ValueError(f"{field} is {path!r}, which is not a file of responses (JSON lines)")
     rows = read_rows(path)
     if not all("response" in row for row in rows):
@@ -197,8 +198,8 @@ def _responses(path: str, field: str) -> list[str]:
     return [row["response"] for row in rows]
 
 
-def _write(workdir: str, name: str, text: str) -> pathlib.Path:
-    path = pathlib.Path(workdir) / name
+def _write(workdir: str, name: str, text: str) -> epath.Path:
+    path = epath.Path(workdir) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path

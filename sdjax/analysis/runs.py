@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
+import os
 import re
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from sdjax.metrics import read_metrics
 
@@ -30,15 +31,15 @@ COLUMNS = (
 class Run:
     """A workdir's config and metrics (one dict per step) and its sets: name -> score's key."""
 
-    workdir: pathlib.Path
+    workdir: epath.Path
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     scores: dict[str, str]
 
     @classmethod
-    def read(cls, workdir: str | pathlib.Path) -> Run:
+    def read(cls, workdir: str | os.PathLike) -> Run:
         """Raises ValueError when there are no metrics."""
-        workdir = pathlib.Path(workdir)
+        workdir = epath.Path(workdir)
         rows = read_metrics(workdir)
         path = workdir / "config.json"
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
