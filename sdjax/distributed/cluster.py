@@ -156,7 +156,7 @@ def expand_nodelist(text: str) -> list[str]:
 def _tpu(env: Mapping[str, str], metadata: Callable[[str], str]) -> Cluster:
     """One process per TPU host, of one slice or (MEGASCALE_*) of several."""
     listed = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")
-    if listed and "TPU_WORKER_ID" in env:
+    if listed and "TPU_WORKER_ID" in env and not listed.startswith("WARNING"):  # libtpu's excuse
         workers = [worker.split(":")[0] for worker in listed.split(",")]
         index = _integer(env, "TPU_WORKER_ID", 0)
     else:
