@@ -1,0 +1,314 @@
+"""Seeded arithmetic problems that can be checked: the data of the embedded default.
+
+Each problem is a short program (a list of steps over small integers) with a question in words. A
+problem is a pure function of (split, index, seed); train and test never share one, whatever the
+seeds, because the hash of a question decides which side it belongs to. Does not simulate anybody
+solving them: that is `sdjax.data.reasoner`.
+
+    train        chains, sums, remainders, comparisons, small stories; 2-4 steps, two-digit numbers
+    test         the same distribution, other problems
+    ood_steps    chains, sums and remainders with 4-7 steps
+    ood_large    the same families with three-digit numbers
+    ood_family   other families: days of the week, number sequences, unknown numbers
+    pretrain     a mixture of all the distributions above, from the train side only
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+from sdjax.data.prompts import BOXED
+from sdjax.records import Problem
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+NAMES = ("Tom", "Ana", "Sam", "Mia")
+ITEMS = ("apples", "cards", "coins", "books")
+LEVELS = (1, 2, 3)
+TEST_SHARE = 8  # one question in eight is on the test side
+
+Operand = int | str  # a number, a word, or "#k" for the value of step k
+Step = tuple[str, Operand, Operand]
+Value = int | str
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How hard a problem may be: its level (1-3, or 4-6 for more steps) and its largest number."""
+
+    level: int
+    top: int
+
+
+def apply_op(op: str, a: Value, b: Value) -> Value:
+    """The true value of one step; `day` counts `b` days on from the day `a`."""
+    if op == "+":
+        return a + b
+    if op == "-":
+        return a - b
+    if op == "*":
+        return a * b
+    if op == "mod":
+        return a % b
+    if op == "max":
+        return max(a, b)
+    if op == "day":
+        return DAYS[(DAYS.index(a) + b) % 7]
+    raise ValueError(f"unknown operation {op!r} in a synthetic problem")
+
+
+def resolve(operand: Operand, values: Sequence[Value]) -> Value:
+    """The number behind an operand: itself, or for "#k" the value that step k came to."""
+    if isinstance(operand, str) and operand.startswith("#"):
+        return values[int(operand[1:])]
+    return operand
+
+
+def run_steps(steps: Sequence[Step]) -> list[Value]:
+    """True values of all the steps, in order."""
+    values: list[Value] = []
+    for op, a, b in steps:
+        values.append(apply_op(op, resolve(a, values), resolve(b, values)))
+    return values
+
+
+def render_step(op: str, a: Value, b: Value, value: Value) -> str:
+    """One step as it is written in a solution: `47+38=85`, `85 mod 7=1`, `54>52`."""
+    if op == "max":
+        return f"{value}>{b if value == a else a}"
+    if op == "mod":
+        return f"{a} mod {b}={value}"
+    return f"{a}{'+' if op == 'day' else op}{b}={value}"
+
+
+# ------------------------------------------------------------------------------------- families
+
+
+def _operation(rng: random.Random, value: int, top: int, ops: str, limit: int) -> tuple[str, int]:
+    """An operation that keeps a running value within 0..top; its operand is at most `limit`."""
+    while True:
+        op = rng.choice(ops)
+        if op == "*":
+            b = rng.randint(2, 9)
+        else:
+            b = rng.randint(2, max(9, min(limit, top - value if op == "+" else value)))
+        if 0 <= apply_op(op, value, b) <= top:
+            return op, b
+
+
+def chain(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """Start with a number and apply operations one after the other."""
+    verbs = {"+": "add", "-": "subtract", "*": "multiply by"}
+    value = start = rng.randint(size.top // 50 + 1, size.top // 2)
+    steps, words = [], []
+    for i in range(size.level + 1):
+        op, b = _operation(rng, value, size.top, "+-**", size.top)
+        steps.append((op, f"#{i - 1}" if i else start, b))
+        words.append(f"{verbs[op]} {b}")
+        value = apply_op(op, value, b)
+    return f"Start with {start}, {', '.join(words)}. Find the result.", steps
+
+
+def signed_sum(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """A sum and difference of several numbers, full of carries."""
+    value = start = rng.randint(size.top // 9, size.top)
+    text, steps = str(start), []
+    for i in range(max(2, size.level)):
+        op, b = _operation(rng, value, 2 * size.top, "++-", size.top)
+        steps.append((op, f"#{i - 1}" if i else start, b))
+        text += f"{op}{b}"
+        value = apply_op(op, value, b)
+    return f"Compute {text}.", steps
+
+
+def remainder(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """The remainder of an expression modulo a digit."""
+    modulus = rng.randint(3, 9)
+    if size.level == 1:
+        a = rng.randint(2, size.top // 10 + 1)
+        b = rng.randint(2, 9)
+        text, steps, value = f"{a}*{b}", [("*", a, b)], a * b
+    else:
+        a = rng.randint(size.top // 9, size.top - size.top // 9)
+        text, steps, value = str(a), [], a
+        for i in range(size.level - 1):
+            op, b = _operation(rng, value, size.top, "+-", size.top)
+            steps.append((op, f"#{i - 1}" if i else a, b))
+            text += f"{op}{b}"
+            value = apply_op(op, value, b)
+    return f"Find ({text}) mod {modulus}.", [*steps, ("mod", f"#{len(steps) - 1}", modulus)]
+
+
+def _pair(rng: random.Random, top: int, product: bool) -> Step:
+    """A sum or a product of two numbers that stays within `top`."""
+    if product:
+        b = rng.randint(3, 9)
+        return ("*", rng.randint(3, top // b), b)
+    a = rng.randint(top // 9, top - top // 9)
+    return ("+", a, rng.randint(2, top - a))
+
+
+def comparison(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """The larger of two (from level 3 on, three) expressions; the answer is its value."""
+    pairs = [_pair(rng, size.top, rng.random() < 0.4) for _ in range(2 + (size.level > 2))]
+    texts = [f"{a}{op}{b}" for op, a, b in pairs]
+    steps: list[Step] = [*pairs, ("max", "#0", "#1")]
+    if len(pairs) == 3:
+        steps.append(("max", "#3", "#2"))
+    return f"Which is larger, {' or '.join(texts)}? Find the larger value.", steps
+
+
+def story(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """A small word problem."""
+    name, item, top = rng.choice(NAMES), rng.choice(ITEMS), size.top
+    if size.level == 1:
+        b = rng.randint(2, 9)
+        a = rng.randint(2, top // b)
+        c = rng.randint(2, max(2, top - a * b))
+        question = f"{name} reads {a} pages a day for {b} days, then {c} more. How many pages?"
+        return question, [("*", a, b), ("+", "#0", c)]
+    a = rng.randint(top // 9, top // 2)
+    if size.level == 2:
+        b, people = rng.randint(top // 9, top - a), rng.randint(3, 9)
+        question = (
+            f"{name} has {a} {item}, gets {b} and shares all with {people} friends. "
+            "How many are left over?"
+        )
+        return question, [("+", a, b), ("mod", "#0", people)]
+    c = rng.randint(2, 9)
+    b = rng.randint(2, max(2, (top - a) // c))
+    d = rng.randint(2, a + b * c)
+    question = f"{name} has {a} {item}, buys {b} boxes of {c} and loses {d}. How many are left?"
+    return question, [("*", b, c), ("+", a, "#0"), ("-", "#1", d)]
+
+
+def weekday(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """Which day it is some weeks on; the answer is a word."""
+    op, a, b = _pair(rng, size.top, product=size.level > 1)
+    start = rng.choice(DAYS)
+    question = f"What day is {a}{op}{b} days after {start}?"
+    return question, [(op, a, b), ("mod", "#0", 7), ("day", start, "#1")]
+
+
+def sequence(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """A later term of an arithmetic sequence of which the first two are given."""
+    gap = rng.randint(2, 9)
+    term = rng.randint(4, 10)
+    first = rng.randint(1, size.top - gap * (term - 1))
+    question = f"A sequence starts {first}, {first + gap}. Find term {term}."
+    return question, [
+        ("-", first + gap, first),
+        ("*", "#0", term - 1),
+        ("+", first, "#1"),
+    ]
+
+
+def unknown(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """A number to which something was added and subtracted; undo it."""
+    a = rng.randint(2, size.top // 2)
+    b, c = rng.randint(2, size.top // 2), rng.randint(2, a)
+    question = f"A number plus {b} minus {c} is {a + b - c}. Find the number."
+    return question, [("+", a + b - c, c), ("-", "#0", b)]
+
+
+Family = Callable[[random.Random, Size], tuple[str, list[Step]]]
+FAMILIES: dict[str, Family] = {
+    "chain": chain,
+    "sum": signed_sum,
+    "remainder": remainder,
+    "comparison": comparison,
+    "story": story,
+    "weekday": weekday,
+    "sequence": sequence,
+    "unknown": unknown,
+}
+
+
+# --------------------------------------------------------------------------------------- splits
+
+
+@dataclasses.dataclass(frozen=True)
+class Distribution:
+    """Families, levels and largest number of one split."""
+
+    families: tuple[str, ...]
+    levels: tuple[int, ...]
+    top: int
+
+
+TRAIN = Distribution(("chain", "sum", "remainder", "comparison", "story"), LEVELS, 99)
+DISTRIBUTIONS: dict[str, Distribution] = {
+    "train": TRAIN,
+    "test": TRAIN,
+    "ood_steps": Distribution(("chain", "sum", "remainder"), (4, 5, 6), 99),
+    "ood_large": Distribution(("chain", "sum", "remainder", "comparison"), LEVELS, 999),
+    "ood_family": Distribution(("weekday", "sequence", "unknown"), LEVELS, 99),
+}
+PRETRAIN_MIX = {"train": 0.82, "ood_steps": 0.06, "ood_large": 0.06, "ood_family": 0.06}
+SPLITS = (*DISTRIBUTIONS, "pretrain")
+
+
+def is_test_side(question: str) -> bool:
+    """Whether a question belongs to the evaluation side; a pure function of its text."""
+    return hashlib.blake2b(question.encode(), digest_size=8).digest()[0] % TEST_SHARE == 0
+
+
+def solution_text(steps: Sequence[Step]) -> str:
+    """The worked solution of a problem, without any thinking aloud."""
+    values = run_steps(steps)
+    lines = [
+        render_step(op, resolve(a, values), resolve(b, values), value)
+        for (op, a, b), value in zip(steps, values, strict=True)
+    ]
+    return "\n".join(lines) + f"\n\nThe answer is \\boxed{{{values[-1]}}}."
+
+
+def draw(split: str, index: int, seed: int = 0, level: int | None = None) -> Problem:
+    """The problem that (split, index, seed) stand for; two indices may give the same question.
+
+    `level` fixes the level instead of drawing it. Raises ValueError for an unknown split or level.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown synthetic split {split!r}: choose one of {', '.join(SPLITS)}")
+    rng = random.Random(f"{split}/{index}/{seed}")
+    name = split
+    if split == "pretrain":
+        name = rng.choices(tuple(PRETRAIN_MIX), tuple(PRETRAIN_MIX.values()))[0]
+    dist = DISTRIBUTIONS[name]
+    if level is not None and level not in dist.levels:
+        raise ValueError(
+            f"level {level} is not in the synthetic split {name!r}: choose one of {dist.levels}"
+        )
+    family = rng.choice(dist.families)
+    size = Size(rng.choice(dist.levels) if level is None else level, dist.top)
+    while True:
+        question, steps = FAMILIES[family](rng, size)
+        if is_test_side(question) == (split not in ("train", "pretrain")):
+            break
+    return Problem(
+        id=f"synthetic/{split}/{seed}/{index}",
+        prompt=question + BOXED,
+        answer=str(run_steps(steps)[-1]),
+        solution=solution_text(steps),
+        meta={"family": family, "level": size.level, "distribution": name, "steps": steps},
+    )
+
+
+def stream(split: str, seed: int = 0, level: int | None = None) -> Iterator[Problem]:
+    """Distinct problems without end, in the order of their index."""
+    seen: set[str] = set()
+    index = 0
+    while True:
+        problem = draw(split, index, seed, level)
+        index += 1
+        if problem.prompt not in seen:
+            seen.add(problem.prompt)
+            yield problem
+
+
+def make_problems(split: str, n: int, seed: int = 0, level: int | None = None) -> list[Problem]:
+    """The first `n` distinct problems of a split; a longer list starts with the shorter one."""
+    source = stream(split, seed, level)
+    return [next(source) for _ in range(n)]
