@@ -1,12 +1,25 @@
-r"""The default reward: is the content of the last \boxed{...} equal to the gold?"""
+r"""The default reward: is the content of the last \boxed{...} equal to the gold?
+
+Order of decisions: extraction, exact text, plain numbers (all in the trainer), then in a worker:
+letters and words as text, our own reader with exact comparison, and math-verify for what that
+reader does not know (`sdjax.rewards.fallback`, behind static guards and a veto).
+"""
 
 from __future__ import annotations
 
+import re
+
 from sdjax.records import Verdict
 from sdjax.rewards.extract import boxed_answer, missing
+from sdjax.rewards.nodes import Node, Unreadable
 from sdjax.rewards.options import RewardConfig
 from sdjax.rewards.quick import quick_equal, squeeze
 from sdjax.rewards.registry import Reward
+
+_BASED = re.compile(
+    r"\(?(?:\\(?:text|mathrm)\{)?([0-9A-Za-z]+)\}?\)?_"
+    r"(?:\{(?:\\(?:text|mathrm|textrm)\{)?\(?([0-9a-z]+)\)?\}?\}|([0-9]+))"
+)
 
 
 def unboxed_gold(gold: str) -> str:
@@ -34,7 +47,97 @@ def extract(response: str, gold: str, config: RewardConfig) -> Verdict | str:
 
 def judge(answer: str, gold: str, config: RewardConfig) -> Verdict:
     """Mathematical equality of a box and the gold."""
-    return Verdict(False, answer, "different")
+    gold = unboxed_gold(gold)
+    decided, reason = decide(answer, gold)
+    if decided is None and config.fallback:
+        from sdjax.rewards.fallback import fallback_equal
+
+        decided, reason = fallback_equal(answer, gold)
+    return Verdict(decided is True, answer, reason)
+
+
+def decide(answer: str, gold: str) -> tuple[bool | None, str]:
+    """(verdict, reason) by our own reader; None where it cannot decide."""
+    from sdjax.rewards import equality, words
+
+    if choice := words.gold_letter(gold):
+        letter, styled = choice
+        if words.same_letter(letter, styled, answer):
+            return True, "equal"
+        if styled:
+            return False, "different"
+    if (based := same_based(answer, gold)) is not None:
+        return based, "equal" if based else "different"
+    try:
+        gold_node = read_answer(gold)
+    except ValueError:
+        gold_node = None
+    if gold_node is None or gold_node.op == "words":
+        if words.same_words(gold, answer):
+            return True, "equal"
+        if gold_node is not None:
+            return False, "different"
+    try:
+        answer_node = read_answer(answer)
+    except ValueError:
+        return None, "unreadable"
+    if gold_node is None:
+        return None, "unreadable_gold"
+    if answer_node.op == "words":
+        return False, "different"
+    try:
+        same = equality.same_answer(gold_node, answer_node)
+    except Unreadable:
+        return None, "unreadable"
+    except (ValueError, RecursionError):
+        return False, "too_big"
+    return same, {True: "equal", False: "different", None: "undecided"}[same]
+
+
+def read_answer(text: str) -> Node:
+    """The tree of an answer, or a `words` node; raises ValueError where it is neither."""
+    from sdjax.rewards import words
+    from sdjax.rewards.reader import read
+    from sdjax.rewards.tokens import prepare, tokenize
+
+    if (number := words.number_word(text)) is not None:
+        return number
+    tokens = tokenize(prepare(text))
+    if words.is_words(tokens):
+        try:
+            return read(text)
+        except ValueError:
+            return Node("words", (words.plain_text(text).casefold(),))
+    return read(text)
+
+
+def same_based(answer: str, gold: str) -> bool | None:
+    """Numbers written in a base: equal digits and equal base; None where the gold has none."""
+    numbers = [based_number(text) for text in (gold, answer)]
+    if numbers[0] is None:
+        return None
+    if numbers[1] is None:
+        return None if "=" in answer else False
+    return numbers[0] == numbers[1]
+
+
+def based_number(text: str) -> tuple[str, int] | None:
+    """(digits, base) of `2A_{16}`, or None."""
+    from sdjax.rewards.vocabulary import NUMBER_WORDS
+
+    compact = re.sub(r"\\[,;:! ]|[\s$~]", "", text).rstrip(".")
+    match = _BASED.fullmatch(compact)
+    if not match:
+        return None
+    digits, label = match.group(1).upper(), match.group(2) or match.group(3)
+    base = NUMBER_WORDS.get(label, int(label) if label.isdecimal() else 0)
+    if not 2 <= base <= 36 or not any(char.isdecimal() for char in digits):
+        return None
+    try:
+        int(digits, base)
+    except ValueError:
+        return None
+    return digits.lstrip("0") or "0", base
 
 
 MATH = Reward(name="math", extract=extract, judge=judge)

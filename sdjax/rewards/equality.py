@@ -1,0 +1,477 @@
+"""Equality of two answers by kind: values, names and relations, lists and sets, tuples, matrices.
+
+`same_answer(gold, answer)` is True, False, or None where it could not be decided. The rules are
+those of docs/verifier.md; the gold may be laxer than the answer in one way only: a gold inequality
+accepts the interval, and a gold `name = value` the bare value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from sdjax.rewards import vocabulary as v
+from sdjax.rewards.nodes import INFINITY, Node, Undefined, Unreadable, contains, symbols
+from sdjax.rewards.numeric import constant_ratio, proportional, same_value
+from sdjax.rewards.sets import NEGATIVE_INFINITY, same_set, strip, try_set
+
+COLLECTIONS = ("list", "set", "orlist")
+SET_KINDS = ("union", "inter", "minus", "named_set")
+MAX_VARIANTS = 8
+INEQUALITIES = frozenset({"<", ">", "<=", ">=", "!="})
+
+
+def same_answer(gold: Node, answer: Node) -> bool | None:
+    """Whether two answers are equal as mathematics."""
+    gold, answer = _spread(gold), _spread(answer)
+    if gold.op == "orlist" and not _inequalities(gold):
+        gold = Node("list", gold.args)
+    if answer.op == "orlist" and not _inequalities(answer):
+        if gold.op not in ("list", "set"):
+            return False  # a hedge
+        answer = Node("list", answer.args)
+    return _same(gold, answer)
+
+
+def _inequalities(node: Node) -> bool:
+    return all(item.op == "rel" and set(item.args[0]) <= INEQUALITIES for item in node.args)
+
+
+def _spread(node: Node) -> Node:
+    """Write every plus-minus out: `1 \\pm x` becomes the list of its two values."""
+    if node.op in COLLECTIONS:
+        items = [variant for item in node.args for variant in _variants(item)]
+        return Node(node.op, tuple(items))
+    variants = list(_variants(node))
+    return variants[0] if len(variants) == 1 else Node("list", tuple(variants))
+
+
+def _variants(node: Node) -> Iterator[Node]:
+    """The values of an element with plus-minus signs, which move together where a \\mp occurs."""
+    if not contains(node, "pm", "mp"):
+        yield node
+        return
+    count = _count_signs(node)
+    if contains(node, "mp"):
+        count = 1
+    if 2**count > MAX_VARIANTS:
+        raise Unreadable("too many plus-minus signs")
+    for mask in range(2**count):
+        yield _choose(node, [bool(mask >> k & 1) for k in range(count)])
+
+
+def _count_signs(node: Node) -> int:
+    own = node.op in ("pm", "mp")
+    return own + sum(_count_signs(child) for child in _below(node))
+
+
+def _below(node: Node) -> Iterator[Node]:
+    for arg in node.args:
+        if isinstance(arg, Node):
+            yield arg
+        elif isinstance(arg, tuple):
+            yield from (item for item in arg if isinstance(item, Node))
+
+
+def _choose(node: Node, minus: list[bool]) -> Node:
+    """The node with its signs taken from `minus`, used up in reading order (one: for all)."""
+    signs = iter(minus) if len(minus) > 1 else None
+
+    def rebuild(current):
+        if isinstance(current, Node):
+            if current.op in ("pm", "mp"):
+                negative = next(signs) if signs else minus[0] != (current.op == "mp")
+                inner = rebuild(current.args[0])
+                return Node("neg", (inner,)) if negative else inner
+            return Node(current.op, tuple(rebuild(arg) for arg in current.args))
+        if isinstance(current, tuple):
+            return tuple(rebuild(item) for item in current)
+        return current
+
+    return rebuild(node)
+
+
+def _same(gold: Node, answer: Node) -> bool | None:
+    """Dispatch on the kinds of two answers without plus-minus."""
+    gold, gold_unit = _quantity(gold)
+    answer, answer_unit = _quantity(answer)
+    if _units_clash(gold_unit, answer_unit):
+        return False
+    if gold.op == "rel" or answer.op == "rel":
+        return _same_relation(gold, answer)
+    if gold.op in COLLECTIONS or answer.op in COLLECTIONS:
+        return _same_collection(gold, answer)
+    if gold.op in SET_KINDS or answer.op in SET_KINDS:
+        return _same_real_set(gold, answer)
+    if gold.op == "seq" or answer.op == "seq":
+        return _same_sequence(gold, answer)
+    if _is_matrix(gold) or _is_matrix(answer):
+        return _same_matrix(gold, answer)
+    for kind in ("based", "residue", "name"):
+        if gold.op == kind or answer.op == kind:
+            return gold.op == answer.op and _same_tagged(gold, answer)
+    if INFINITY in (gold, answer) or NEGATIVE_INFINITY in (gold, answer):
+        return gold == answer
+    return _same_scalar(gold, answer)
+
+
+def _same_scalar(gold: Node, answer: Node) -> bool | None:
+    try:
+        return same_value(gold, answer)
+    except Undefined:
+        return False
+
+
+def _quantity(node: Node) -> tuple[Node, str]:
+    """(value, unit) without groups; a leading plus or a degree sign does not matter."""
+    unit = ""
+    node = strip_groups(node)
+    while node.op in ("quantity", "deg"):
+        if node.op == "quantity":
+            unit = node.args[1]
+        node = strip_groups(node.args[0])
+    return strip(node), unit
+
+
+def strip_groups(node: Node) -> Node:
+    """Without transparent braces and single parentheses."""
+    while node.op == "group":
+        node = node.args[0]
+    return node
+
+
+def _units_clash(left: str, right: str) -> bool:
+    """Two different known units: `5 cents` is not `5 dollars`."""
+    a, b = v.UNITS.get(left.lower()), v.UNITS.get(right.lower())
+    return a is not None and b is not None and a != b
+
+
+def _same_tagged(gold: Node, answer: Node) -> bool | None:
+    if gold.op == "based":
+        return (gold.args[0].lstrip("0"), gold.args[1]) == (
+            answer.args[0].lstrip("0"),
+            answer.args[1],
+        )
+    if gold.op == "residue":
+        modulus = same_value(gold.args[1], answer.args[1])
+        remainders = [Node("mod", (node.args[0], node.args[1])) for node in (gold, answer)]
+        return modulus and same_value(*remainders)
+    return gold.args[0].casefold() == answer.args[0].casefold()
+
+
+# -- relations
+
+
+def _same_relation(gold: Node, answer: Node) -> bool | None:
+    if gold.op == "rel" and answer.op == "rel":
+        return _same_relations(gold, answer)
+    if answer.op == "rel":
+        return _relation_as_value(answer, gold)
+    return _gold_relation_as_value(gold, answer)
+
+
+def _same_relations(gold: Node, answer: Node) -> bool | None:
+    kinds = set(gold.args[0]) | set(answer.args[0])
+    if kinds == {"="}:
+        return _same_equations(gold, answer)
+    if kinds <= {"=", "in"}:
+        return _same_members(gold, answer)
+    if "=" in kinds or "in" in kinds or "equiv" in kinds:
+        return _sets_equal(gold, answer)
+    return _same_inequalities(gold, answer)
+
+
+def _same_members(gold: Node, answer: Node) -> bool | None:
+    """`x \\in A` against `x \\in B`."""
+    if gold.args[0] != ("in",) or answer.args[0] != ("in",):
+        return False
+    names = [strip_groups(node.args[1][0]) for node in (gold, answer)]
+    return names[0] == names[1] and _same(gold.args[1][1], answer.args[1][1])
+
+
+def _same_equations(gold: Node, answer: Node) -> bool | None:
+    gold_sides, answer_sides = _sides(gold), _sides(answer)
+    if gold_sides is None or answer_sides is None:
+        return False
+    (a, b), (c, d) = gold_sides, answer_sides
+    if any(_structured(side) for side in (a, b, c, d)):
+        return _same_side(a, c) and _same(b, d)
+    if _is_name(a) and a == c and not symbols(b) and not symbols(d):
+        return _same(b, d)
+    return same_equation(a, b, c, d)
+
+
+def same_equation(a: Node, b: Node, c: Node, d: Node) -> bool | None:
+    """a = b against c = d: equal up to a non-zero constant factor."""
+    left, right = (Node("add", (x, Node("neg", (y,)))) for x, y in ((a, b), (c, d)))
+    try:
+        return proportional(left, right)
+    except Undefined:
+        return None
+
+
+def _sides(node: Node) -> tuple[Node, Node] | None:
+    """(left, right) of a chain of equations whose later members agree; None if they do not."""
+    members = [strip_groups(member) for member in node.args[1]]
+    values = members[1:]
+    if any(_same(values[0], other) is not True for other in values[1:]):
+        return None
+    return members[0], values[-1]
+
+
+def _same_side(left: Node, right: Node) -> bool | None:
+    left, right = _quantity(left)[0], _quantity(right)[0]
+    return left == right or _same(left, right)
+
+
+def _structured(node: Node) -> bool:
+    """A side that is no scalar: tuple, set, matrix, name of words."""
+    kinds = (*COLLECTIONS, *SET_KINDS, "seq", "matrix", "based", "residue", "name", "inf")
+    return _quantity(node)[0].op in kinds or _is_matrix(node)
+
+
+def _is_name(node: Node) -> bool:
+    """x, f(x), \\angle ABC, (a, b), words: something that an equation gives a value to."""
+    node = strip_groups(node)
+    if node.op in ("app", "name"):
+        return True
+    if node.op == "sym":
+        return node.args[0] not in ("pi", "e", "i")
+    if node.op == "seq":
+        return all(_is_name(item) for item in node.args[2])
+    return False
+
+
+def _may_name(node: Node) -> bool:
+    """What may stand for a plain value in an answer: a name, m + n, |z|, P(x), dy/dx."""
+    return bool(_is_name(node) or symbols(node) or contains(node, "app", "name"))
+
+
+def _relation_as_value(answer: Node, gold: Node) -> bool | None:
+    """`name = value` (or a chain that ends so) against a gold that is no relation."""
+    ops, members = answer.args
+    if ops == ("in",):
+        return _same(gold, members[1]) if _is_name(members[0]) else False
+    if set(ops) <= INEQUALITIES:
+        return _sets_equal(gold, answer)
+    if set(ops) != {"="}:
+        return False
+    sides = _sides(answer)
+    if sides is None:
+        return False
+    name, value = sides
+    if _is_name(value) and not _may_name(name):
+        name, value = value, name
+    if _is_name(name) or _same(name, value):
+        return _same(gold, value)
+    if symbols(gold) or not _may_name(name) or _structured(name):
+        return False
+    return False if _vanishing_equation(name, value) else _same(gold, value)
+
+
+def _vanishing_equation(name: Node, value: Node) -> bool:
+    """`x^2 - 25 = 0` names nothing: a left side with a constant term is an equation."""
+    zero = Node("num", (value.args[0] * 0,)) if value.op == "num" else None
+    if zero != value:
+        return False
+    return strip_groups(name).op == "add"
+
+
+def _gold_relation_as_value(gold: Node, answer: Node) -> bool | None:
+    """A gold `x = 5` accepts 5, a gold inequality or membership the interval."""
+    ops, members = gold.args
+    if ops == ("in",):
+        return _same(members[1], answer)
+    if set(ops) <= INEQUALITIES:
+        return _sets_equal(gold, answer)
+    if set(ops) != {"="}:
+        return False
+    sides = _sides(gold)
+    if sides is None or not (_is_name(sides[0]) or _is_name(sides[1])):
+        return False
+    return _same(sides[1] if _is_name(sides[0]) else sides[0], answer)
+
+
+def _same_inequalities(gold: Node, answer: Node) -> bool | None:
+    """Same solution set where one variable is isolated, else the same up to a factor."""
+    a, b = try_set(gold), try_set(answer)
+    if a is not None and b is not None:
+        names = [frozenset().union(*map(symbols, node.args[1])) for node in (gold, answer)]
+        return names[0] == names[1] and same_set(a, b)
+    return _same_chains(gold, answer)
+
+
+def _same_chains(gold: Node, answer: Node) -> bool | None:
+    """Chains link by link, after turning both into the < direction."""
+    left, right = _ascending(gold), _ascending(answer)
+    if left is None or right is None or len(left) != len(right):
+        return False
+    decided: bool | None = True
+    for (op, a, b), (other, c, d) in zip(left, right, strict=True):
+        differences = [Node("add", (y, Node("neg", (x,)))) for x, y in ((a, b), (c, d))]
+        ratio = constant_ratio(*differences)
+        if ratio is None:
+            decided = None
+        elif op != other or (ratio <= 0 if op != "!=" else ratio == 0):
+            return False
+    return decided
+
+
+def _ascending(node: Node) -> list[tuple[str, Node, Node]] | None:
+    """Links of a chain as (op, smaller, larger), or None for mixed directions."""
+    ops, members = node.args
+    links = []
+    for op, a, b in zip(ops, members, members[1:], strict=False):
+        a, b = strip_groups(a), strip_groups(b)
+        if op in (">", ">="):
+            links.append(({">": "<", ">=": "<="}[op], b, a))
+        elif op in ("<", "<=", "!="):
+            links.append((op, a, b))
+        else:
+            return None
+    down = {op for op in ops if op in (">", ">=")}
+    up = {op for op in ops if op in ("<", "<=")}
+    if down and up:
+        return None
+    return links[::-1] if down else links
+
+
+def _sets_equal(gold: Node, answer: Node) -> bool | None:
+    a, b = try_set(gold), try_set(answer)
+    if a is None or b is None:
+        return False if a is not None or b is not None else None
+    return same_set(a, b)
+
+
+# -- collections, tuples, matrices
+
+
+def _same_collection(gold: Node, answer: Node) -> bool | None:
+    """Unordered lists and sets; a set may repeat members, a single value is its own list."""
+    if SET_KINDS and (gold.op in SET_KINDS or answer.op in SET_KINDS):
+        return _same_real_set(gold, answer)
+    if "orlist" in (gold.op, answer.op):
+        return _sets_equal(gold, answer)
+    lists = []
+    for node in (gold, answer):
+        items = list(node.args) if node.op in COLLECTIONS else [node]
+        lists.append(items)
+    if "set" in (gold.op, answer.op):
+        lists = [_without_repeats(items) for items in lists]
+    return _match(*lists)
+
+
+def _without_repeats(items: list[Node]) -> list[Node]:
+    kept: list[Node] = []
+    for item in items:
+        if not any(_same(other, item) for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _match(gold: list[Node], answer: list[Node]) -> bool | None:
+    """Whether the answers can be paired off with the golds."""
+    if len(gold) != len(answer):
+        return False
+    left = list(answer)
+    undecided = False
+    for item in gold:
+        for index, other in enumerate(left):
+            found = _same(item, other)
+            if found:
+                del left[index]
+                break
+            undecided |= found is None
+        else:
+            return None if undecided else False
+    return True
+
+
+def _same_real_set(gold: Node, answer: Node) -> bool | None:
+    if gold == answer:
+        return True
+    if (gold.op == "named_set") != (answer.op == "named_set") and gold.args[0] != "R":
+        if answer.args[:1] != ("R",):
+            return False
+    return _sets_equal(gold, answer)
+
+
+def _same_sequence(gold: Node, answer: Node) -> bool | None:
+    """Tuples and intervals: same brackets, same length, same members in order."""
+    if gold.op == "seq" and answer.op == "seq":
+        if gold.args[:2] != answer.args[:2] or len(gold.args[2]) != len(answer.args[2]):
+            return False
+        return _all(_same(a, b) for a, b in zip(gold.args[2], answer.args[2], strict=True))
+    if _is_matrix(gold) or _is_matrix(answer):
+        return _same_matrix(gold, answer)
+    return False
+
+
+def _all(verdicts) -> bool | None:
+    decided: bool | None = True
+    for verdict in verdicts:
+        if verdict is False:
+            return False
+        decided = None if verdict is None else decided
+    return decided
+
+
+def _is_matrix(node: Node) -> bool:
+    node = strip_groups(node)
+    if node.op in ("add", "neg", "mul", "div", "transpose"):
+        return any(_is_matrix(arg) for arg in node.args if isinstance(arg, Node))
+    return node.op == "matrix"
+
+
+def _same_matrix(gold: Node, answer: Node) -> bool | None:
+    """Entry by entry after multiplying scalars in; a tuple stands for a column."""
+    a, b = matrix_rows(gold), matrix_rows(answer)
+    if a is None or b is None or len(a) != len(b) or len(a[0]) != len(b[0]):
+        return False
+    return _all(
+        _same(x, y)
+        for row, other in zip(a, b, strict=True)
+        for x, y in zip(row, other, strict=True)
+    )
+
+
+def matrix_rows(node: Node) -> list[list[Node]] | None:
+    """Entries of a matrix expression: scalar multiples, sums, products, transposes."""
+    node = strip_groups(node)
+    if node.op == "matrix":
+        return [list(row) for row in node.args]
+    if node.op == "seq" and node.args[:2] == ("(", ")"):
+        return [[item] for item in node.args[2]]
+    if node.op == "transpose":
+        rows = matrix_rows(node.args[0])
+        return rows and [list(column) for column in zip(*rows, strict=True)]
+    if node.op == "neg":
+        return _map(matrix_rows(node.args[0]), lambda x: Node("neg", (x,)))
+    if node.op == "div" and not _is_matrix(node.args[1]):
+        return _map(matrix_rows(node.args[0]), lambda x: Node("div", (x, node.args[1])))
+    if node.op == "mul":
+        return _scaled(*node.args)
+    if node.op == "add":
+        return _summed([matrix_rows(arg) for arg in node.args])
+    return None
+
+
+def _map(rows, function):
+    return rows and [[function(item) for item in row] for row in rows]
+
+
+def _scaled(left: Node, right: Node):
+    if _is_matrix(left) and _is_matrix(right):
+        return None
+    factor, matrix = (right, left) if _is_matrix(left) else (left, right)
+    return _map(matrix_rows(matrix), lambda x: Node("mul", (factor, x)))
+
+
+def _summed(parts):
+    if any(part is None for part in parts):
+        return None
+    if len({(len(part), len(part[0])) for part in parts}) != 1:
+        return None
+    return [
+        [Node("add", tuple(part[i][j] for part in parts)) for j in range(len(parts[0][0]))]
+        for i in range(len(parts[0]))
+    ]

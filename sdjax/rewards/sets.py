@@ -1,0 +1,222 @@
+"""Subsets of the real line in normal form: intervals, finite sets, unions, inequalities.
+
+A `RealSet` is a sorted tuple of disjoint pieces with exact end points (nodes), so that two sets are
+equal when their pieces are. Ends are ordered by value and compared exactly.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sdjax.rewards.nodes import INFINITY, Node, Undefined, Unreadable, symbols
+from sdjax.rewards.numeric import constant_value, same_value
+
+NEGATIVE_INFINITY = Node("neg", (INFINITY,))
+MAX_PIECES = 32
+
+
+class End(NamedTuple):
+    """An end of a piece: its node, its value (infinite ends too), whether it belongs."""
+
+    node: Node
+    value: object
+    closed: bool
+
+
+class Piece(NamedTuple):
+    """One interval or, with equal closed ends, one point."""
+
+    low: End
+    high: End
+
+
+RealSet = tuple[Piece, ...]
+
+
+def strip(node: Node) -> Node:
+    """Without transparent groups, and with a signed infinity in one form."""
+    while node.op == "group":
+        node = node.args[0]
+    if node.op == "neg" and strip(node.args[0]) == INFINITY:
+        return NEGATIVE_INFINITY
+    if node.op == "quantity":
+        return strip(node.args[0])
+    return node
+
+
+def end(node: Node, closed: bool) -> End:
+    """An end point; infinity is never contained."""
+    node = strip(node)
+    if node == INFINITY or node == NEGATIVE_INFINITY:
+        return End(node, float("inf") if node == INFINITY else float("-inf"), closed)
+    value = constant_value(node)
+    if value is None:
+        raise Unreadable("variable end point")
+    if getattr(value, "imag", 0) != 0:
+        raise Unreadable("complex end point")
+    return End(node, getattr(value, "real", value), closed)
+
+
+def real_line() -> RealSet:
+    """All real numbers."""
+    return (Piece(end(NEGATIVE_INFINITY, False), end(INFINITY, False)),)
+
+
+def interval(low: Node, high: Node, low_closed: bool, high_closed: bool) -> RealSet:
+    """An interval; raises Unreadable when it is empty or reversed (nobody writes that)."""
+    a, b = end(low, low_closed), end(high, high_closed)
+    if (a.closed and a.node == NEGATIVE_INFINITY) or (b.closed and b.node == INFINITY):
+        raise Unreadable("closed infinite end")
+    if not a.value < b.value and not (_same(a, b) and a.closed and b.closed):
+        raise Unreadable("reversed interval")
+    return (Piece(a, b),)
+
+
+def to_set(node: Node) -> RealSet:
+    """A set expression in normal form; raises Unreadable where it is none."""
+    node = strip(node)
+    if node.op == "seq" and len(node.args[2]) == 2:
+        opening, closing, (low, high) = node.args
+        return interval(low, high, opening == "[", closing == "]")
+    if node.op == "set":
+        return normal([Piece(end(item, True), end(item, True)) for item in node.args])
+    if node.op == "named_set" and node.args[0] == "R":
+        return real_line()
+    if node.op == "union":
+        return normal([*to_set(node.args[0]), *to_set(node.args[1])])
+    if node.op == "inter":
+        return intersection(to_set(node.args[0]), to_set(node.args[1]))
+    if node.op == "minus":
+        return difference(to_set(node.args[0]), to_set(node.args[1]))
+    if node.op == "add" and len(node.args) == 2 and node.args[1].op == "neg":
+        return difference(to_set(node.args[0]), to_set(node.args[1].args[0]))
+    raise Unreadable(f"no set: {node.op}")
+
+
+def _same(a: End, b: End) -> bool:
+    if a.value in (float("inf"), float("-inf")) or b.value in (float("inf"), float("-inf")):
+        return a.value == b.value
+    return same_value(a.node, b.node) is True
+
+
+def _less(a: End, b: End) -> bool:
+    return not _same(a, b) and a.value < b.value
+
+
+def normal(pieces: list[Piece]) -> RealSet:
+    """Sorted, with overlapping and touching pieces joined."""
+    if len(pieces) > MAX_PIECES:
+        raise Unreadable("too many pieces")
+    pieces = sorted(pieces, key=lambda p: (p.low.value, not p.low.closed))
+    joined: list[Piece] = []
+    for piece in pieces:
+        if joined and _touch(joined[-1], piece):
+            last = joined.pop()
+            low = last.low
+            if _same(last.low, piece.low) and piece.low.closed:
+                low = piece.low
+            joined.append(Piece(low, _higher(last.high, piece.high)))
+        else:
+            joined.append(piece)
+    return tuple(joined)
+
+
+def _touch(left: Piece, right: Piece) -> bool:
+    if _same(left.high, right.low):
+        return left.high.closed or right.low.closed
+    return right.low.value < left.high.value
+
+
+def _higher(a: End, b: End) -> End:
+    if _same(a, b):
+        return a if a.closed else b
+    return b if a.value < b.value else a
+
+
+def complement(real_set: RealSet) -> RealSet:
+    """The rest of the real line."""
+    low = end(NEGATIVE_INFINITY, False)
+    pieces = []
+    for piece in real_set:
+        high = piece.low._replace(closed=not piece.low.closed)
+        _append_gap(pieces, low, high)
+        low = piece.high._replace(closed=not piece.high.closed)
+    _append_gap(pieces, low, end(INFINITY, False))
+    return tuple(pieces)
+
+
+def _append_gap(pieces: list[Piece], low: End, high: End) -> None:
+    infinite = low.value == float("inf") or high.value == float("-inf")
+    if infinite:
+        return
+    if _less(low, high) or (_same(low, high) and low.closed and high.closed):
+        pieces.append(Piece(low, high))
+
+
+def intersection(left: RealSet, right: RealSet) -> RealSet:
+    """By De Morgan."""
+    return complement(normal([*complement(left), *complement(right)]))
+
+
+def difference(left: RealSet, right: RealSet) -> RealSet:
+    """left without right."""
+    return intersection(left, complement(right))
+
+
+def same_set(left: RealSet, right: RealSet) -> bool:
+    """Whether two sets have the same pieces."""
+    return len(left) == len(right) and all(
+        _same(a.low, b.low)
+        and _same(a.high, b.high)
+        and (a.low.closed, a.high.closed) == (b.low.closed, b.high.closed)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def solution_set(node: Node) -> RealSet:
+    """The set that an inequality (or a chain of them) in one isolated variable describes."""
+    ops, members = node.args
+    result = real_line()
+    names = set().union(*(symbols(member) for member in members))
+    if len(names) != 1:
+        raise Unreadable("not one variable")
+    for op, left, right in zip(ops, members, members[1:], strict=False):
+        result = intersection(result, _half_line(op, strip(left), strip(right)))
+    return result
+
+
+_MIRROR = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
+
+
+def _half_line(op: str, left: Node, right: Node) -> RealSet:
+    """x < c and its kin, for either order of the sides, also -x < c."""
+    if op not in _MIRROR:
+        raise Unreadable("no inequality")
+    if symbols(right):
+        left, right, op = right, left, _MIRROR[op]
+    if symbols(right):
+        raise Unreadable("variable on both sides")
+    if left.op == "neg" and strip(left.args[0]).op == "sym":
+        left, right, op = strip(left.args[0]), Node("neg", (right,)), _MIRROR[op]
+    if left.op != "sym":
+        raise Unreadable("variable not isolated")
+    if op == "!=":
+        return complement(to_set(Node("set", (right,))))
+    if op in ("<", "<="):
+        return interval(NEGATIVE_INFINITY, right, False, op == "<=")
+    return interval(right, INFINITY, op == ">=", False)
+
+
+def try_set(node: Node) -> RealSet | None:
+    """The set a node denotes (set expression or inequality), or None."""
+    try:
+        if node.op == "rel" and not {"=", "in", "equiv"} & set(node.args[0]):
+            return solution_set(node)
+        if node.op == "rel" and node.args[0] == ("in",):
+            return to_set(node.args[1][1])
+        if node.op == "orlist":
+            pieces = [piece for item in node.args for piece in solution_set(item)]
+            return normal(pieces)
+        return to_set(node)
+    except (Unreadable, Undefined, ValueError):
+        return None

@@ -1,0 +1,90 @@
+"""Answers that are words or a letter: compared as text, without styling, blanks and letter case."""
+
+from __future__ import annotations
+
+import re
+
+from sdjax.rewards import vocabulary as v
+from sdjax.rewards.nodes import Node, num
+from sdjax.rewards.tokens import Token
+
+_STYLE = re.compile(
+    r"\\(?:"
+    + "|".join(sorted(v.TEXT_STYLES | v.MATH_STYLES, key=len, reverse=True))
+    + r")(?![A-Za-z])"
+)
+_SPACING = re.compile(
+    r"\\(?:" + "|".join(sorted(v.SPACING, key=len, reverse=True)) + r")(?![A-Za-z])|\\[,;:!> ]|~|\$"
+)
+_LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
+_CHOICE = re.compile(r"\(([A-Za-z])\)")
+_PUNCTUATION = frozenset("()'-.,/?:&;!\"")
+
+
+def plain_text(text: str) -> str:
+    """The text that a reader sees: no style commands, braces, blanks or final full stop."""
+    text = _SPACING.sub(" ", _STYLE.sub("", text))
+    text = re.sub(r"[{}\s]+", "", text.replace("\\&", "&"))
+    return text.rstrip(".")
+
+
+def is_words(tokens: list[Token]) -> bool:
+    """Whether an answer consists of words (and numbers among them) only."""
+    if not any(token.kind == "word" for token in tokens):
+        return False
+    return (
+        all(token.kind in ("word", "sym", "num") or token.text in _PUNCTUATION for token in tokens)
+        and tokens[0].kind != "num"
+    )
+
+
+def number_word(text: str) -> Node | None:
+    """`twelve`, `twenty-five` as a number, else None."""
+    words = plain_text(text).casefold()
+    if words in v.NUMBER_WORDS:
+        return num(v.NUMBER_WORDS[words])
+    for tens, value in v.TENS.items():
+        unit = words.removeprefix(tens).lstrip("-")
+        if words.startswith(tens) and 0 < v.NUMBER_WORDS.get(unit, 0) < 10 and value < 100:
+            return num(value + v.NUMBER_WORDS[unit])
+    return None
+
+
+def gold_letter(gold: str) -> tuple[str, bool] | None:
+    """(letter, styled) of a gold that is one letter of a multiple choice, else None.
+
+    A bare capital may be a variable: `styled` is False and only the exact letter matches.
+    """
+    text = plain_text(gold)
+    match = _LETTER.fullmatch(text)
+    if not match:
+        return None
+    letter = match.group(1)
+    styled = "(" in text or "\\text" in gold or "\\mbox" in gold
+    if not styled and not letter.isupper():
+        return None
+    return letter, styled
+
+
+def same_letter(letter: str, styled: bool, answer: str) -> bool:
+    """Whether an answer names this choice, perhaps with the option's text behind it."""
+    text = plain_text(answer)
+    match = _LETTER.fullmatch(text)
+    if match:
+        found = match.group(1)
+        return found == letter or (styled and found.casefold() == letter.casefold())
+    if not styled:
+        return False
+    choices = _CHOICE.findall(text)
+    words = {word.casefold() for word in re.findall(r"[A-Za-z']+", _STYLE.sub(" ", answer))}
+    return (
+        text.startswith(f"({letter})")
+        and len(choices) == 1
+        and "," not in text
+        and not words & v.HEDGES
+    )
+
+
+def same_words(gold: str, answer: str) -> bool:
+    """Text equality without styling, blanks and letter case."""
+    return plain_text(gold).casefold() == plain_text(answer).casefold()
