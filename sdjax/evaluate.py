@@ -38,7 +38,7 @@ PAPER_SAMPLING = {
     "thinking": {"temperature": 0.6, "top_p": 0.95},  # Qwen3 thinking on, DeepSeek, OLMo-3
     "non_thinking": {"temperature": 0.7, "top_p": 0.8},  # Qwen3 thinking off
 }
-_EVAL_STREAM = 1 << 10  # plus a set's mark of 10 bits: apart from collect's streams
+_EVAL_STREAM = 2  # another one than collect's
 PRESETS = ("", "paper", *PAPER_SAMPLING)
 
 # What is measured of each response, in this order on the last axis of `stats_PKF`.
@@ -214,7 +214,9 @@ class _Job:
 def _jobs(
     sets: Mapping[str, Sequence[Problem]], style: PromptStyle, cfg: EvalConfig, step: int
 ) -> dict[int, _Job]:
-    """This process's requests by id; ids and seeds do not depend on the other sets."""
+    """This process's requests by id; a set's ids, and so its samples, do not depend on others."""
+    seed = stream_seed(cfg.seed, step, _EVAL_STREAM)
+    sampling = dataclasses.replace(cfg.sampling, seed=seed)
     jobs: dict[int, _Job] = {}
     taken: set[int] = set()
     for name, problems in sets.items():
@@ -224,8 +226,6 @@ def _jobs(
         while mark in taken:  # two names with one mark; the earlier one keeps it
             mark = (mark + 1) & 0x3FF
         taken.add(mark)
-        seed = stream_seed(cfg.seed, step, _EVAL_STREAM + mark)
-        sampling = dataclasses.replace(cfg.sampling, seed=seed)
         for index in range(jax.process_index(), len(problems), jax.process_count()):
             prompt = style.encode(problems[index])
             request = Request(

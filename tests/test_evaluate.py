@@ -112,12 +112,14 @@ def test_seed_and_step_choose_the_samples():
 
 def test_dropped_prompts_count_as_wrong_and_are_told():
     """Catches means over the problems that happened to fit."""
-    values = run({"test": problems("a", 4)}, drop=(1, 2)).metrics
+    result = run({"test": problems("a", 4)}, drop=(1, 2))
+    values = result.metrics
     full = run({"test": problems("a", 4)})
     kept = [row["correct"] for row in full.rows if row["problem"] in ("a-0", "a-3")]
     assert values["eval/test/missing_frac"] == 0.5
     assert values["eval/test/avg@4"] == pytest.approx(sum(kept) / 16)
-    assert values["eval/test/response_len_mean"] > 0
+    lengths = [row["length"] for row in result.rows]
+    assert values["eval/test/response_len_mean"] == pytest.approx(np.mean(lengths))
 
 
 def test_an_empty_set_is_an_error():
