@@ -15,6 +15,7 @@ import math
 import pickle
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -213,3 +214,18 @@ SOURCES |= {
     f"task_coverage_{size}": Source((f"task_coverage/{stem}.parquet",), distinct="id")
     for size, stem in COVERAGE.items()
 }
+
+
+def source_of_path(path: str) -> tuple[str, str] | None:
+    """(name, split) of the source that keeps a file under this name, None for an unknown file.
+
+    An unsplit file has the split "". The last two parts of the path decide.
+    """
+    tail = "/".join(Path(path).parts[-2:])
+    for name, source in SOURCES.items():
+        for file in source.files:
+            for split in source.splits:
+                ending = "/".join(Path(file.format(split=split)).parts[-2:])
+                if tail == ending:
+                    return name, split if "{split}" in file else ""
+    return None
