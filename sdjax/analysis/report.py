@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from sdjax.analysis import figures, judge, tables, word_shift
 from sdjax.analysis.compare import compare
+from sdjax.analysis.epistemic import WORDS
 from sdjax.analysis.figures import Curve, Panel
 from sdjax.analysis.runs import COLUMNS, LENGTH_LABEL, RATE_LABEL, WORD_LABEL, Run
 from sdjax.metrics import read_rows
@@ -38,6 +39,8 @@ def write_report(workdir: str | os.PathLike) -> epath.Path:
         parts += ["## Evaluation\n", _start_best_final(run)]
     if any("reward/mean" in row for row in run.rows):
         parts += ["## Training batches\n", _training_table(run)]
+    if words := _divergence_by_word(run):
+        parts += ["## Divergence from the teacher by epistemic word\n", words]
     for name, title, panels in _run_figures(run):
         figures.save(panels, run.workdir / name)
         parts.append(f"![{title}]({name})\n")
@@ -91,11 +94,12 @@ TRAINING = (
     ("epistemic/per_response", WORD_LABEL, 2),
     ("epistemic/per_1k_tokens", RATE_LABEL, 2),
     ("loss/total", "loss", 4),
-    ("loss/distill", "distillation loss", 4),
-    ("policy/entropy", "entropy (nats per token)", 3),
-    ("policy/kl_initial", "KL to the initial policy (nats per token)", 4),
-    ("drift/prob_error", "sampler-trainer probability error", 4),
-    ("optimizer/grad_norm", "gradient norm", 4),
+    ("distill/divergence", "divergence from the teacher (nats per token)", 4),
+    ("student/entropy", "entropy of the student (nats per token)", 3),
+    ("teacher/entropy", "entropy of the teacher (nats per token)", 3),
+    ("loss/kl_to_initial", "KL to the initial policy (nats per token)", 4),
+    ("drift/prob_error", "sampler-trainer probability error (1 is none)", 4),
+    ("optim/grad_norm", "gradient norm", 4),
 )
 
 
@@ -111,6 +115,25 @@ def _training_table(run: Run, window: int = 5) -> str:
         table.append([title, *(tables.number(value, digits) for value in means)])
     header = ["mean per step", f"first {window} steps", f"last {window} steps"]
     return tables.markdown(header, table)
+
+
+def _divergence_by_word(run: Run) -> str:
+    """Mean divergence on each word's tokens over all steps, relative to that of all tokens."""
+    mean = _mean([row.get("distill/divergence") for row in run.rows])
+    rows = []
+    for word in WORDS:
+        pairs = [
+            (row[f"distill/divergence_word_{word}"], row[f"distill/tokens_word_{word}"])
+            for row in run.rows
+            if row.get(f"distill/tokens_word_{word}", 0) > 0
+        ]
+        if pairs:
+            values, counts = np.array(pairs, float).T
+            value = float(np.average(values, weights=counts))
+            rows.append([word, str(int(counts.sum())), tables.number(value, 4)])
+            rows[-1].append(f"{value / mean:.1f}x")
+    header = ["word", "tokens", "divergence (nats)", "over the mean of all tokens"]
+    return tables.markdown(header, rows) if rows else ""
 
 
 def _run_figures(run: Run) -> list[tuple[str, str, list[Panel]]]:

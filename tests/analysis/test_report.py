@@ -63,6 +63,17 @@ def test_report_shows_start_best_and_final(tmp_path):
         assert f"({name})" in text and (tmp_path / name).stat().st_size > 10_000
 
 
+def test_report_weighs_divergence_by_tokens(tmp_path):
+    """Catches a mean over steps in place of one over tokens."""
+    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+        for step, (value, tokens) in enumerate([(1.0, 1), (2.0, 3), (0.0, 0)], start=1):
+            row = {"distill/divergence_word_wait": value, "distill/tokens_word_wait": tokens}
+            writer.write(step, row | {"distill/divergence": 0.5})
+    text = report.write_report(tmp_path).read_text()
+    assert "| wait |      4 |            1.7500 |                        3.5x |" in text
+    assert "hmm" not in text
+
+
 def test_report_of_a_run_without_config_or_evaluation(tmp_path):
     """Catches a report that only works on finished runs."""
     with MetricsWriter(tmp_path, tensorboard=False) as writer:
