@@ -13,7 +13,9 @@ and does not choose checkpoints.
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -21,10 +23,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from sdjax import distributed
-from sdjax.analysis import epistemic
+from sdjax.analysis import epistemic, tables
 from sdjax.collect import PromptStyle, stream_seed
 from sdjax.data import chat
 from sdjax.records import FINISH_LENGTH, Completion, Problem, Request, SamplingParams, Verdict
@@ -264,3 +267,40 @@ def _measure(row: Mapping[str, Any]) -> list[float]:
 def _over_processes(stats_PKF: np.ndarray) -> np.ndarray:
     """Joins the shares of all processes; each has zeros where others have numbers."""
     return distributed.allgather_host(stats_PKF).sum(axis=0, dtype=np.float64)
+
+
+def write_results(result: EvalResult, cfg: EvalConfig, model: str, folder: epath.Path) -> None:
+    """`results.json`, `table.md` (process 0) and `responses.jsonl`, one file per process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    alone = jax.process_count() == 1
+    name = "responses.jsonl" if alone else f"responses-{jax.process_index():05d}.jsonl"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows]
+    (folder / name).write_text("".join(lines), encoding="utf-8")
+    if jax.process_index() == 0:
+        table = tables.evaluation(result.metrics)
+        (folder / "table.md").write_text(f"`{model}`, {_settings(cfg)}\n\n{table}")
+        metrics = {k: None if math.isnan(v) else v for k, v in result.metrics.items()}
+        facts = {"model": model, "eval": dataclasses.asdict(cfg), "metrics": metrics}
+        (folder / "results.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _settings(cfg: EvalConfig) -> str:
+    s = cfg.sampling
+    text = f"{cfg.samples} samples, temperature {s.temperature}, top-p {s.top_p}"
+    return f"{text}, top-k {s.top_k or 'off'}, at most {s.max_new_tokens} tokens, seed {cfg.seed}"
+
+
+def run(c: ConfigDict, workdir: str) -> None:
+    """mode='evaluate': evaluates `model.path` on `eval.sets` and writes the results to `eval/`."""
+    from sdjax import build  # which imports EvalConfig from here
+
+    parts, params = build.sampler(c, build.training_mesh(c))
+    cfg, engine = parts.eval_cfg, parts.engine
+    with parts.pool:
+        prepared = engine.prepare(params)
+        result = evaluate(engine, prepared, parts.pool, parts.style, parts.eval_sets, cfg)
+    folder = epath.Path(workdir) / "eval"
+    write_results(result, cfg, c.model.path, folder)
+    if jax.process_index() == 0:
+        print(tables.evaluation(result.metrics))
+        LOG.info("wrote %s", folder)

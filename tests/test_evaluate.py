@@ -1,13 +1,16 @@
 """Scores by hand, and that samples do not depend on what else is evaluated."""
 
 import itertools
+import json
 import math
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
+from etils import epath
 
 from sdjax import config, evaluate
+from sdjax.metrics import read_rows
 from sdjax.records import Completion, Problem, SamplingParams, Verdict
 
 VOCAB = ["wait", "unlikely", "1", "2", "</s>"]
@@ -144,6 +147,16 @@ def test_graded_text_follows_the_first_closed_think_block():
     assert evaluate.after_think("<think>a</think>b<think>c</think>d") == "b<think>c</think>d"
     assert evaluate.after_think("a</think>b") == "a</think>b"
     assert evaluate.after_think("<think>never closed") == "<think>never closed"
+
+
+def test_results_can_be_read_again(tmp_path):
+    result = run({"test": problems("a", 1)})
+    evaluate.write_results(result, CFG, "tiny", epath.Path(tmp_path))
+    facts = json.loads((tmp_path / "results.json").read_text())
+    assert facts["eval"]["samples"] == 4 and facts["metrics"]["eval/test/stderr"] is None
+    assert facts["metrics"]["eval/test/avg@4"] == result.metrics["eval/test/avg@4"]
+    assert read_rows(tmp_path / "responses.jsonl") == result.rows
+    assert (tmp_path / "table.md").read_text().startswith("`tiny`, 4 samples, temperature 0.6")
 
 
 def test_one_problem_has_no_standard_error():
