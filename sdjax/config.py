@@ -254,6 +254,7 @@ def _log() -> ConfigDict:
     g = ConfigDict()
     g.text_every = 10  # steps between samples logged as text; 0 = never
     g.text_samples = 2  # responses (and teacher prompts) per such log
+    g.kl_to_initial = True  # measure the KL to the initial policy: costs a copy and a forward
     return g
 
 

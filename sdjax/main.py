@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sdjax import config
+from sdjax import config, distributed
 
 MODULES = {
     "train": "sdjax.train",
@@ -93,7 +93,11 @@ def main(argv: list[str]) -> None:
     workdir = _WORKDIR.value or default_workdir(_config_flag(argv) or "base")
     try:
         config.check(c)
-        importlib.import_module(MODULES[c.mode]).run(c, workdir)
+        run = importlib.import_module(MODULES[c.mode]).run
+        if c.mode != "train":
+            return run(c, workdir)
+        with distributed.session(c, workdir=workdir) as session:
+            run(c, workdir, session.stop)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("SDJAX_DEBUG"):
             raise

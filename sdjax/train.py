@@ -1,0 +1,338 @@
+"""The training loop. Each step, in this order:
+
+1. sample and verify   responses to the batch's problems; verdicts arrive while others are sampled
+2. teach               choose what the teacher sees for each response
+3. pack                the mini-batch of each optimizer update into rows
+4. step                one compiled call per mini-batch: losses, gradient, update; then the teacher
+5. log, evaluate, save
+
+Everything is a function of (config, step) and the TrainState, so a run that was killed goes on as
+if it never had been. What a run is made of is set up once, in `sdjax.build`.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from sdjax import build, collect, config, distributed
+from sdjax.analysis import report
+from sdjax.checkpoint import Checkpoints, bind_workdir
+from sdjax.data import packing
+from sdjax.data.problems import load_problems
+from sdjax.data.sampler import ProblemSampler
+from sdjax.evaluate import evaluate
+from sdjax.metrics import MetricsWriter, rollout_metrics
+from sdjax.models import hf, lora
+from sdjax.objectives.advantages import group_advantage
+from sdjax.objectives.aggregation import response_weights
+from sdjax.progress import Progress
+from sdjax.records import Rollout, SamplingParams, TeacherContext
+from sdjax.step import put_batch, update_teacher
+from sdjax.teacher.context import build_contexts, context_metrics
+from sdjax.types import PackedBatch, TrainState
+
+log = logging.getLogger(__name__)
+EXPORT_DIR = "export"
+
+
+def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None) -> Path | None:
+    """Trains from the newest checkpoint of `workdir`, or from the start; returns the report's path.
+
+    None when `stop` ended the run early: its state is saved and the same command goes on.
+    """
+    stop = stop or distributed.StopSignal()
+    config.check(c, jax.device_count())
+    bind_workdir(workdir, c)
+    parts, params = build.sampler(c, build.training_mesh(c))
+    learner, state = build.learner(c, parts, params)
+    del params  # the state holds them now, and the step donates it
+    data = ProblemSampler(
+        load_problems(c.data, parts.style.tokenizer), c.batch.prompts, c.seed, c.data.subset_size
+    )
+    checkpoints = Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.best_metric)
+    restored = checkpoints.restore(state)
+    state = state if restored is None else restored
+    start = int(state.step) // updates_per_batch(c)
+    with (
+        parts.pool,
+        MetricsWriter(workdir, None if restored is None else start) as writer,
+        Progress(c.train.steps, start=start, enabled=jax.process_index() == 0) as progress,
+    ):
+        if restored is None:
+            writer.write(0, _evaluate(parts, state, 0))
+        for step in range(start + 1, c.train.steps + 1):
+            state, metrics = train_batch(c, parts, learner, state, data, step, writer)
+            if step == c.train.steps or (c.eval.every and step % c.eval.every == 0):
+                metrics |= _evaluate(parts, state, step)
+            writer.write(step, metrics)
+            progress.update(step, metrics)
+            _guard(c, step, metrics)
+            stopping = stop.agreed()
+            if stopping or step % c.checkpoint.every == 0 or step == c.train.steps:
+                checkpoints.save(step, state, metrics)
+            if stopping and step < c.train.steps:
+                checkpoints.close()
+                progress.note(f"stopped after step {step}: the same command goes on from there")
+                return None
+    checkpoints.close()
+    return _finish(c, parts, state, workdir)
+
+
+def updates_per_batch(c: ConfigDict) -> int:
+    """Optimizer updates per training batch."""
+    return c.batch.prompts // c.batch.mini_prompts
+
+
+def train_batch(
+    c: ConfigDict,
+    parts: build.Sampler,
+    learner: build.Learner,
+    state: TrainState,
+    data: ProblemSampler,
+    step: int,
+    writer: MetricsWriter,
+) -> tuple[TrainState, dict[str, float]]:
+    """Stages 1 to 4 on the problems of `step`. Returns the new state and what was measured."""
+    began = time.perf_counter()
+    share = c.batch.prompts // jax.process_count()
+    rollouts, metrics = collect.sample_and_verify(
+        parts.engine,
+        parts.engine.prepare(build.full_params(state, parts.cfg)),
+        parts.pool,
+        parts.style,
+        data.batch(step - 1, jax.process_index(), jax.process_count()),
+        c.batch.group_size,
+        sampling_params(c),
+        seed=c.seed,
+        step=step,
+        first_group=jax.process_index() * share,
+    )
+    collected = time.perf_counter()
+    contexts, context_counts = _contexts(c, parts, learner, rollouts, step)
+    batches = [
+        put_batch(packing.pack(items, learner.spec), parts.mesh)
+        for items in _mini_batches(c, learner, rollouts, contexts)
+    ]
+    packed = time.perf_counter()
+    batches = [_with_scores(learner, state, batch, len(batches)) for batch in batches]
+    updates = []
+    for batch in batches:
+        state, update = learner.step(state, batch, learner.scalars)
+        updates.append(update)
+    state = update_teacher(state, teacher_rate(c, step))
+    metrics |= _mean_over_updates(jax.device_get(updates))
+    stepped = time.perf_counter()
+    metrics |= rollout_metrics(rollouts) | context_counts
+    metrics |= {f"verifier/{name}": count for name, count in parts.pool.stats().items()}
+    metrics |= {
+        "time/pack_s": packed - collected,
+        "time/step_s": stepped - packed,
+        "time/total_s": stepped - began,
+        "step/tokens_per_s": metrics["batch/response_tokens"] * len(batches) / (stepped - packed),
+        "step/compilations": learner.step.compilations,
+        "memory/peak_gb": peak_memory_gb(),
+        "data/epoch": data.epoch(step),
+    }
+    if c.log.text_every and step % c.log.text_every == 0:
+        _log_texts(writer, step, rollouts[: c.log.text_samples], contexts)
+    return state, metrics
+
+
+def sampling_params(c: ConfigDict) -> SamplingParams:
+    """How training responses are sampled."""
+    s = c.sampling
+    return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, s.max_new_tokens)
+
+
+def teacher_rate(c: ConfigDict, step: int) -> float:
+    """How far the teacher's weights move to the student's after training batch `step`."""
+    if c.teacher.kind == "ema":
+        return c.teacher.ema_rate
+    if c.teacher.kind == "snapshot":
+        return float(step % c.teacher.snapshot_every == 0)
+    return 0.0
+
+
+def _contexts(
+    c: ConfigDict,
+    parts: build.Sampler,
+    learner: build.Learner,
+    rollouts: list[Rollout],
+    step: int,
+) -> tuple[list[TeacherContext], dict[str, float]]:
+    """What the teacher sees for each rollout; nothing for an objective without a teacher."""
+    if not learner.objective.uses_teacher:
+        return [TeacherContext(None, "none")] * len(rollouts), {}
+    style = parts.style
+    contexts, counts = build_contexts(
+        rollouts,
+        learner.context,
+        style.tokenizer,
+        enable_thinking=style.enable_thinking,
+        system=style.system,
+        chat_template=style.chat_template,
+        seed=c.seed,
+        step=step,
+    )
+    return contexts, context_metrics(counts)
+
+
+def _mini_batches(
+    c: ConfigDict,
+    learner: build.Learner,
+    rollouts: list[Rollout],
+    contexts: list[TeacherContext],
+) -> list[list[packing.PackItem]]:
+    """The packer's items of each optimizer update, in the order of the groups.
+
+    Advantages are taken within groups, aggregation weights over the whole mini-batch of all
+    processes.
+    """
+    o = learner.objective
+    share = c.batch.prompts // jax.process_count()
+    mini = c.batch.mini_prompts // jax.process_count()
+    first = jax.process_index() * share
+    groups = np.array([rollout.group for rollout in rollouts])
+    rewards = np.array([rollout.verdict.reward for rollout in rollouts])
+    advantages = group_advantage(rewards, groups, o.norm_adv_by_std, o.adv_eps)
+    batches = []
+    for start in range(first, first + share, mini):
+        chosen = np.flatnonzero((groups >= start) & (groups < start + mini))
+        part = [rollouts[i] for i in chosen]
+        seen = [contexts[i] for i in chosen]
+        weights, distill_weights = _weights(c, learner, part, seen)
+        batches.append(collect.pack_items(part, seen, advantages[chosen], weights, distill_weights))
+    return batches
+
+
+def _weights(
+    c: ConfigDict, learner: build.Learner, part: list[Rollout], seen: list[TeacherContext]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Aggregation weights of this process's responses, normalised over those of all processes."""
+    o = learner.objective
+    rows = [
+        (len(rollout.response_tokens), context.has_teacher)
+        for rollout, context in zip(part, seen, strict=True)
+    ]
+    everyone = distributed.allgather_objects(rows)
+    before = sum(len(rows) for rows in everyone[: jax.process_index()])
+    lengths, has_teacher = zip(*(row for rows in everyone for row in rows), strict=True)
+    both = response_weights(
+        np.array(lengths),
+        np.array(has_teacher),
+        o.loss_agg,
+        norm_n=o.norm_n,
+        padded_len=c.sampling.max_new_tokens,
+        skip_first=o.skip_first,
+        prefix_len=o.prefix_len,
+    )
+    return both[0][before : before + len(rows)], both[1][before : before + len(rows)]
+
+
+def _with_scores(
+    learner: build.Learner, state: TrainState, batch: PackedBatch, updates: int
+) -> PackedBatch:
+    """Adds the log-probabilities that need a forward pass before the first update of the batch.
+
+    With one update per batch the old policy is the current one and needs none.
+    """
+    if updates > 1:
+        current = lora.join(state.params, state.frozen)
+        batch = batch.replace(old_logp=learner.score(current, batch)["student_logp"])
+    if learner.reference is not None:
+        batch = batch.replace(ref_logp=learner.score(learner.reference, batch)["student_logp"])
+    return batch
+
+
+def _mean_over_updates(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
+    """The metrics of a batch's updates, averaged; counters keep their last value."""
+    mean = {name: float(np.mean([u[name] for u in updates])) for name in updates[0]}
+    last = "optim/skipped_in_a_row"
+    return mean | {last: float(updates[-1][last])}
+
+
+def _evaluate(parts: build.Sampler, state: TrainState, step: int) -> dict[str, float]:
+    """Scores of the current student on the evaluation sets."""
+    if not parts.eval_sets:
+        return {}
+    began = time.perf_counter()
+    result = evaluate(
+        parts.engine,
+        parts.engine.prepare(build.full_params(state, parts.cfg)),
+        parts.pool,
+        parts.style,
+        parts.eval_sets,
+        parts.eval_cfg,
+        step=step,
+    )
+    return result.metrics | {"time/eval_s": time.perf_counter() - began}
+
+
+def _guard(c: ConfigDict, step: int, metrics: dict[str, float]) -> None:
+    """Stops a run that only looks as if it learnt. Raises ValueError with one sentence."""
+    error = metrics["drift/prob_error"]
+    if error > c.guard.max_prob_error:
+        raise ValueError(
+            f"step {step}: the trainer's probabilities of the sampled tokens differ from the "
+            f"sampler's by a factor of {error:.3f} on average, more than config.guard."
+            f"max_prob_error={c.guard.max_prob_error}: sampler and trainer disagree (dtype, "
+            "truncated sampling, chat template), or raise the limit"
+        )
+    if metrics["optim/skipped_in_a_row"] >= c.guard.max_skipped:
+        raise ValueError(
+            f"step {step}: the gradient was not finite {c.guard.max_skipped} updates in a row "
+            "(config.guard.max_skipped): lower config.optimizer.lr and start from an earlier "
+            "checkpoint"
+        )
+
+
+def _log_texts(
+    writer: MetricsWriter, step: int, rollouts: list[Rollout], contexts: list[TeacherContext]
+) -> None:
+    """A few responses with their verdicts, and what the teacher saw."""
+    for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=False)):
+        verdict = rollout.verdict
+        writer.text(
+            step,
+            f"rollout/{i}",
+            f"{rollout.problem.prompt}\n--- response ({rollout.finish_reason}; answer "
+            f"{rollout.problem.answer!r}, read {verdict.extracted!r}: {verdict.reason})\n"
+            f"{rollout.text}",
+        )
+        if context.has_teacher:
+            writer.text(step, f"teacher/{i}", context.text)
+
+
+def peak_memory_gb() -> float:
+    """Peak memory so far: of the fullest device where it tells, else of this process."""
+    stats = [d.memory_stats() for d in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if s and "peak_bytes_in_use" in s]
+    if peaks:
+        return max(peaks) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _finish(c: ConfigDict, parts: build.Sampler, state: TrainState, workdir: str) -> Path | None:
+    """Exports the student, writes the report and says where they are."""
+    if c.checkpoint.export:
+        hf.save(
+            str(Path(workdir) / EXPORT_DIR),
+            lora.without(parts.cfg),
+            build.full_params(state, parts.cfg),
+            tokenizer=parts.style.tokenizer,
+            generation_config=parts.generation,
+            dtype=jnp.dtype(c.checkpoint.export_dtype),
+        )
+    if jax.process_index() != 0:
+        return None
+    path = report.write_report(workdir)
+    log.info("the run is complete: report %s, model %s", path, Path(workdir) / EXPORT_DIR)
+    return path
