@@ -105,7 +105,7 @@ class Atoms:
             elif self.is_op("bmod"):
                 self.next()
                 left = Node("mod", (left, self.signed_factor()))
-            elif self.starts_factor():
+            elif self.starts_factor() or (left.op == "fact" and self.peek().kind == "num"):
                 left = Node("mul", (left, self.factor()))
             else:
                 return left

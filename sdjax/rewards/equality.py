@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdjax.rewards import vocabulary as v
-from sdjax.rewards.nodes import INFINITY, Node, Undefined, Unreadable, contains, symbols
+from sdjax.rewards.nodes import INFINITY, Node, Undefined, Unreadable, contains, num, symbols
 from sdjax.rewards.numeric import constant_ratio, proportional, same_value
-from sdjax.rewards.sets import NEGATIVE_INFINITY, same_set, strip, try_set
+from sdjax.rewards.sets import NEGATIVE_INFINITY, isolated, same_set, strip, try_set
 
 COLLECTIONS = ("list", "set", "orlist")
 SET_KINDS = ("union", "inter", "minus", "named_set")
@@ -106,6 +106,8 @@ def _same(gold: Node, answer: Node) -> bool | None:
         return _same_sequence(gold, answer)
     if _is_matrix(gold) or _is_matrix(answer):
         return _same_matrix(gold, answer)
+    if gold.op == "ratio" or answer.op == "ratio":
+        return _same_ratio(gold, answer)
     for kind in ("based", "residue", "name"):
         if gold.op == kind or answer.op == kind:
             return gold.op == answer.op and _same_tagged(gold, answer)
@@ -156,6 +158,23 @@ def _same_tagged(gold: Node, answer: Node) -> bool | None:
         remainders = [Node("mod", (node.args[0], node.args[1])) for node in (gold, answer)]
         return modulus and same_value(*remainders)
     return gold.args[0].casefold() == answer.args[0].casefold()
+
+
+def _same_ratio(gold: Node, answer: Node) -> bool | None:
+    """Proportional terms; a ratio of two also equals the quotient."""
+    if answer.op != "ratio" or gold.op != "ratio":
+        ratio, other = (gold, answer) if gold.op == "ratio" else (answer, gold)
+        if len(ratio.args) != 2:
+            return False
+        return _same(Node("div", ratio.args), other)
+    if len(gold.args) != len(answer.args):
+        return False
+    if any(strip_groups(term) == num(0) for term in (*gold.args, *answer.args)):
+        return _all(_same(a, b) for a, b in zip(gold.args, answer.args, strict=True))
+    (first, *rest), (other, *others) = gold.args, answer.args
+    pairs = zip(rest, others, strict=True)
+    products = ((Node("mul", (first, b)), Node("mul", (other, a))) for a, b in pairs)
+    return _all(_same_scalar(x, y) for x, y in products)
 
 
 # -- relations
@@ -238,6 +257,16 @@ def _is_name(node: Node) -> bool:
         return node.args[0] not in ("pi", "e", "i")
     if node.op == "seq":
         return all(_is_name(item) for item in node.args[2])
+    return _is_figure(node)
+
+
+def _is_figure(node: Node) -> bool:
+    """AB, |AB|, AB/CD, AB : CD: measures that geometry writes with capitals."""
+    node = strip_groups(node)
+    if node.op == "sym":
+        return node.args[0][:1].isupper() or not node.args[0][:1].isascii()
+    if node.op in ("mul", "div", "ratio", "abs"):
+        return all(_is_figure(arg) for arg in node.args)
     return False
 
 
@@ -295,8 +324,7 @@ def _same_inequalities(gold: Node, answer: Node) -> bool | None:
     """Same solution set where one variable is isolated, else the same up to a factor."""
     a, b = try_set(gold), try_set(answer)
     if a is not None and b is not None:
-        names = [frozenset().union(*map(symbols, node.args[1])) for node in (gold, answer)]
-        return names[0] == names[1] and same_set(a, b)
+        return isolated(gold) == isolated(answer) and same_set(a, b)
     return _same_chains(gold, answer)
 
 
@@ -461,9 +489,22 @@ def _map(rows, function):
 
 def _scaled(left: Node, right: Node):
     if _is_matrix(left) and _is_matrix(right):
-        return None
+        return _product(matrix_rows(left), matrix_rows(right))
     factor, matrix = (right, left) if _is_matrix(left) else (left, right)
     return _map(matrix_rows(matrix), lambda x: Node("mul", (factor, x)))
+
+
+def _product(left, right):
+    if left is None or right is None or len(left[0]) != len(right) or len(right) > 6:
+        return None
+    columns = list(zip(*right, strict=True))
+    return [
+        [
+            Node("add", tuple(Node("mul", pair) for pair in zip(row, column, strict=True)))
+            for column in columns
+        ]
+        for row in left
+    ]
 
 
 def _summed(parts):

@@ -337,6 +337,8 @@ def _call(args, scope):
         raise TooBig("argument of a periodic function")
     if name in ("sinh", "cosh", "tanh", "sech", "csch", "coth") and abs(value) > 10_000:
         raise TooBig("hyperbolic argument")
+    if name == "cis":
+        return scope.ctx.expj(value)
     if name not in _FUNCTIONS:
         raise Unreadable(f"function {name}")
     return _pole_checked(name, value, scope)
@@ -409,7 +411,7 @@ _FUNCTIONS = {
     **{name: name for name in "sin cos tan cot sec csc sinh cosh tanh coth sech csch".split()},
     **{f"arc{name}": f"a{name}" for name in "sin cos tan cot sec csc sinh cosh tanh".split()},
 }
-_TRIGONOMETRIC = frozenset("sin cos tan cot sec csc".split())
+_TRIGONOMETRIC = frozenset("sin cos tan cot sec csc cis".split())
 _WITH_POLES = frozenset("tan cot sec csc coth csch".split())
 _OPERATIONS: dict[str, Callable] = {
     "num": _num,

@@ -16,10 +16,7 @@ from sdjax.rewards.options import RewardConfig
 from sdjax.rewards.quick import quick_equal, squeeze
 from sdjax.rewards.registry import Reward
 
-_BASED = re.compile(
-    r"\(?(?:\\(?:text|mathrm)\{)?([0-9A-Za-z]+)\}?\)?_"
-    r"(?:\{(?:\\(?:text|mathrm|textrm)\{)?\(?([0-9a-z]+)\)?\}?\}|([0-9]+))"
-)
+_BASED = re.compile(r"\(?([0-9A-Z]+)\)?_\(?([0-9]+|[a-z]+)\)?")
 
 
 def unboxed_gold(gold: str) -> str:
@@ -72,11 +69,10 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
         gold_node = read_answer(gold)
     except ValueError:
         gold_node = None
-    if gold_node is None or gold_node.op == "words":
-        if words.same_words(gold, answer):
-            return True, "equal"
-        if gold_node is not None:
-            return False, "different"
+    if words.same_words(gold, answer):
+        return True, "equal"
+    if gold_node is not None and gold_node.op == "words":
+        return False, "different"
     try:
         answer_node = read_answer(answer)
     except ValueError:
@@ -113,28 +109,29 @@ def read_answer(text: str) -> Node:
 
 def same_based(answer: str, gold: str) -> bool | None:
     """Numbers written in a base: equal digits and equal base; None where the gold has none."""
-    numbers = [based_number(text) for text in (gold, answer)]
-    if numbers[0] is None:
+    wanted, found = based_number(gold), based_number(answer)
+    if wanted is None:
         return None
-    if numbers[1] is None:
-        return None if "=" in answer else False
-    return numbers[0] == numbers[1]
+    if found is None:
+        # the question states the base: the bare digits are the answer too
+        return None if "=" in answer else squeeze(answer).lstrip("0") == wanted[0]
+    return found == wanted
 
 
 def based_number(text: str) -> tuple[str, int] | None:
     """(digits, base) of `2A_{16}`, or None."""
     from sdjax.rewards.vocabulary import NUMBER_WORDS
+    from sdjax.rewards.words import plain_text
 
-    compact = re.sub(r"\\[,;:! ]|[\s$~]", "", text).rstrip(".")
-    match = _BASED.fullmatch(compact)
+    match = _BASED.fullmatch(plain_text(text))
     if not match:
         return None
-    digits, label = match.group(1).upper(), match.group(2) or match.group(3)
-    base = NUMBER_WORDS.get(label, int(label) if label.isdecimal() else 0)
+    digits, label = match.groups()
+    base = NUMBER_WORDS.get(label, int(label) if label.isdecimal() and len(label) < 3 else 0)
     if not 2 <= base <= 36 or not any(char.isdecimal() for char in digits):
         return None
     try:
-        int(digits, base)
+        int(digits[:4000], base)
     except ValueError:
         return None
     return digits.lstrip("0") or "0", base

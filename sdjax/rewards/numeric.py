@@ -43,7 +43,7 @@ def constant_ratio(left: Node, right: Node) -> float | None:
     check_size(right)
     variables = sorted(symbols(left) | symbols(right))
     if not variables:
-        return 0.0
+        return float(_same_constant(left, right))
     ratios = []
     for point in _points(variables):
         pair = _at(left, right, point, allow_complex=False)

@@ -101,12 +101,22 @@ class Reader(Atoms):
         if name := self.leading_name():
             return name
         left = self.additive()
+        if self.is_op(":"):
+            left = self.ratio(left)
         while self.is_op(*SET_OPERATORS):
             op = SET_OPERATORS[self.next().text]
             left = Node(op, (left, self.additive()))
         if self.peek().kind == "word" and self.unit_then_relation():
             left = self.unit(left)
         return left
+
+    def ratio(self, first: Node) -> Node:
+        """a : b, or more terms."""
+        terms = [first]
+        while self.is_op(":"):
+            self.next()
+            terms.append(self.additive())
+        return Node("ratio", tuple(terms))
 
     def leading_name(self) -> Node | None:
         r"""`\text{Total} =`: words directly before an equals sign are a name."""

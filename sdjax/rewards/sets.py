@@ -177,12 +177,19 @@ def solution_set(node: Node) -> RealSet:
     """The set that an inequality (or a chain of them) in one isolated variable describes."""
     ops, members = node.args
     result = real_line()
-    names = set().union(*(symbols(member) for member in members))
-    if len(names) != 1:
-        raise Unreadable("not one variable")
+    isolated(node)
     for op, left, right in zip(ops, members, members[1:], strict=False):
         result = intersection(result, _half_line(op, strip(left), strip(right)))
     return result
+
+
+def isolated(node: Node) -> Node:
+    """The one variable, or f(x), that an inequality bounds; raises Unreadable without one."""
+    sides = {strip(member) for member in node.args[1] if symbols(member)}
+    sides = {strip(side.args[0]) if side.op == "neg" else side for side in sides}
+    if len(sides) != 1 or next(iter(sides)).op not in ("sym", "app"):
+        raise Unreadable("not one isolated variable")
+    return next(iter(sides))
 
 
 _MIRROR = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "!=": "!="}
@@ -196,10 +203,8 @@ def _half_line(op: str, left: Node, right: Node) -> RealSet:
         left, right, op = right, left, _MIRROR[op]
     if symbols(right):
         raise Unreadable("variable on both sides")
-    if left.op == "neg" and strip(left.args[0]).op == "sym":
-        left, right, op = strip(left.args[0]), Node("neg", (right,)), _MIRROR[op]
-    if left.op != "sym":
-        raise Unreadable("variable not isolated")
+    if left.op == "neg":
+        right, op = Node("neg", (right,)), _MIRROR[op]
     if op == "!=":
         return complement(to_set(Node("set", (right,))))
     if op in ("<", "<="):

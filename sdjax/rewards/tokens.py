@@ -27,7 +27,7 @@ class Token(NamedTuple):
     value: Fraction | None = None
 
 
-_SEPARATOR = r"(?:,\s?\\[!,;:]\s*|\{,\}\s*|\\[,;:]\s*|\\ |~)"
+_SEPARATOR = r"(?:,\s?\\[!,;:]\s*|\{,\}\s*|\\[,;:]\s*|\\ |~| )"
 _GROUPS = re.compile(
     rf"([1-9]\d{{0,2}}(?:{_SEPARATOR}\d{{3}})+)(?![\d]|,\d|{_SEPARATOR}\d)(\.\d+)?", re.ASCII
 )
@@ -39,9 +39,13 @@ _REPEATING = re.compile(
     r"(\d*)\.(\d*)\\(?:overline|bar|dot|overbar)\s*(?:\{\s*(\d+)\s*\}|(\d))", re.ASCII
 )
 _DECIMAL = re.compile(r"\d+(?:\.\d+)?|\.\d+", re.ASCII)
+_SCIENTIFIC = re.compile(r"(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.])", re.ASCII)
+_ROW_GAP = re.compile(r"\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", re.ASCII)
 _COMMAND = re.compile(r"\\([A-Za-z]+\*?|.)", re.DOTALL)
 _LETTERS = re.compile(r"[A-Za-z]+", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*", re.ASCII)
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
+_GLUED_SPACE = re.compile(r"\\q?quad(?=[A-Za-z])")
 _BLANK = re.compile(r"[ \t\r\n]+")
 _PLAIN_OPS = frozenset("+-*/^_()[]{}|,;:=<>!'&%.?~`@#\"")
 _ASCII_RELATIONS = {"<=": "<=", ">=": ">=", "!=": "!=", "==": "=", "**": "^"}
@@ -52,6 +56,8 @@ def prepare(text: str) -> str:
     """Unicode symbols to LaTeX, and redundant outer braces and dollars away."""
     text = re.sub(v.RAISED, lambda m: "^{" + m.group().translate(v.SUPERSCRIPTS) + "}", text)
     text = re.sub(v.LOWERED, lambda m: "_{" + m.group().translate(v.SUBSCRIPTS) + "}", text)
+    if "\\begin" not in text:
+        text = _DOUBLED.sub(r"\\", text)  # commands escaped once too often, as in JSON
     return text.translate(v.UNICODE).strip(" \t\r\n")
 
 
@@ -124,6 +130,9 @@ class _Lexer:
             whole, fixed, group, digit = match.groups()
             self.emit("num", match.group(), _repeating(whole, fixed, group or digit))
             return match.end()
+        if match := _SCIENTIFIC.match(text, at):
+            self.emit("num", match.group(), Fraction(match.group()))
+            return match.end()
         after_comma = (
             len(self.tokens) >= 2 and self.tokens[-1].text == "," and not self.gap
         ) and self.tokens[-2].kind == "num"
@@ -154,6 +163,9 @@ class _Lexer:
                 self.emit("sym", letter)
 
     def _command(self, text: str, at: int) -> int:
+        if glued := _GLUED_SPACE.match(text, at):
+            self.widen(" ")
+            return glued.end()
         match = _COMMAND.match(text, at)
         if not match:
             raise Unreadable("lone backslash")
@@ -172,6 +184,8 @@ class _Lexer:
         if name in v.OPERATORS:
             op = v.OPERATORS[name]
             self.emit("word" if op in ("or", "and") else "op", op)
+            if op == "\\\\" and (gap := _ROW_GAP.match(text, end)):
+                return gap.end()
         elif name in v.FUNCTIONS or name in v.LIST_FUNCTIONS:
             self.emit("func", name)
         elif name in ("begin", "end"):

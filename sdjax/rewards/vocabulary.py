@@ -94,7 +94,7 @@ OPERATORS = {
 }
 FUNCTIONS = frozenset(
     "sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth sech "
-    "csch arcsinh arccosh arctanh asin acos atan ln log lg exp".split()
+    "csch arcsinh arccosh arctanh asin acos atan ln log lg exp cis".split()
 )
 LIST_FUNCTIONS = frozenset("gcd lcm min max".split())
 STRUCTURES = frozenset(
@@ -207,7 +207,7 @@ _UNITS = {
     "cent": "cent cents",
     "deg": "degree degrees deg",
     "rad": "radian radians rad",
-    "%": "percent percents",
+    "%": "percent percents percentage pct",
 }
 UNITS = {word: unit for unit, words in _UNITS.items() for word in words.split()}
 BARE_UNITS = frozenset(word for word in UNITS if len(word) > 2) | frozenset(

@@ -6,6 +6,7 @@ import re
 
 from sdjax.rewards import vocabulary as v
 from sdjax.rewards.nodes import Node, num
+from sdjax.rewards.quick import squeeze
 from sdjax.rewards.tokens import Token
 
 _STYLE = re.compile(
@@ -18,13 +19,15 @@ _SPACING = re.compile(
 )
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
+_POINT = re.compile(r"(?<=[A-Za-z])\.")
+_FORMULA = re.compile(r"[\\^_]")
 _PUNCTUATION = frozenset("()'-.,/?:&;!\"")
 
 
 def plain_text(text: str) -> str:
     """The text that a reader sees: no style commands, braces, blanks or final full stop."""
     text = _SPACING.sub(" ", _STYLE.sub("", text))
-    text = re.sub(r"[{}\s]+", "", text.replace("\\&", "&"))
+    text = re.sub(r"[{} \t\r\n]+", "", text.replace("\\&", "&"))
     return text.rstrip(".")
 
 
@@ -86,5 +89,12 @@ def same_letter(letter: str, styled: bool, answer: str) -> bool:
 
 
 def same_words(gold: str, answer: str) -> bool:
-    """Text equality without styling, blanks and letter case."""
-    return plain_text(gold).casefold() == plain_text(answer).casefold()
+    """Text equality without styling and blanks; without letter case where both are plain words."""
+    if any(_FORMULA.search(_SPACING.sub("", _STYLE.sub("", text))) for text in (gold, answer)):
+        return _unstyled(gold) == _unstyled(answer)  # braces and case mean something here
+    a, b = (_POINT.sub("", plain_text(text)).casefold() for text in (gold, answer))
+    return a == b
+
+
+def _unstyled(text: str) -> str:
+    return squeeze(_SPACING.sub(" ", _STYLE.sub("", text))).rstrip(".")
