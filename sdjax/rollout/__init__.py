@@ -1,0 +1,1 @@
+"""Sampling: the engine with its slots and cache, and the samplers."""

@@ -1,0 +1,430 @@
+"""Samples responses: fixed decode slots, refilled from a queue, over a cache that grows in steps.
+
+    1. prompts are prefilled in batches; the responses of one request share one prefill
+    2. free slots take the next responses, without recompiling or stopping their neighbours
+    3. a compiled chunk of decode steps runs on the device and comes back early when slots are free
+    4. finished responses leave through `on_finish` at once, while others are still being sampled
+
+Every shape comes from a short list of buckets (rows, cache length, prompt length), so the number of
+compilations is bounded and known beforehand (`Engine.warm_up`). On several processes, every process
+makes the same calls. Does not know problems, verifiers or training.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from sdjax.models import decoder, lora
+from sdjax.models.config import ModelConfig
+from sdjax.parallel import replicated
+from sdjax.records import Completion, Request
+from sdjax.rollout import cache as kv
+from sdjax.rollout import programs
+from sdjax.rollout.buckets import EngineConfig
+from sdjax.rollout.table import Response, Table
+from sdjax.types import Params
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Weights as the engine wants them: unstacked layers in compute precision, adapters merged."""
+
+    params: Params
+
+
+@dataclasses.dataclass
+class _Prefilled:
+    """A batch of prompts on the device, and the responses that still wait for a slot."""
+
+    layers: list[kv.Layer]
+    padded: int
+    waiting: collections.deque  # of (row in the batch, Response)
+
+
+class Engine:
+    """Sampling engine of one model shape; see `EngineConfig` for what can be set.
+
+    `end_token_ids` are all the tokens that end a response; `pad_id` fills padded prompts and is
+    never looked at.
+    """
+
+    def __init__(
+        self,
+        model_cfg: ModelConfig,
+        engine_cfg: EngineConfig,
+        mesh: Mesh,
+        end_token_ids: Iterable[int],
+        pad_id: int = 0,
+    ):
+        self.model_cfg, self.cfg, self.mesh = model_cfg, engine_cfg, mesh
+        self.pad_id = pad_id
+        self.ends = frozenset(int(t) for t in end_token_ids)
+        self.buckets = engine_cfg.buckets(mesh.shape["data"] * mesh.shape["fsdp"])
+        self.spec = kv.CacheSpec.of(model_cfg, engine_cfg.cache_dtype_name)
+        self.static = programs.Static(
+            model=lora.without(model_cfg),
+            cache=self.spec,
+            end_tokens=tuple(sorted(self.ends)),
+            chunk=engine_cfg.chunk,
+            compute_dtype=engine_cfg.compute_dtype,
+            candidates=engine_cfg.candidates,
+            by_row=mesh.size == 1,
+        )
+        layer = kv.shardings(self.spec, mesh)
+        layers, whole = [layer] * model_cfg.n_layers, replicated(mesh)
+        bind = functools.partial
+        self._prefill = jax.jit(bind(programs.prefill, static=self.static), out_shardings=layers)
+        self._decode = jax.jit(
+            bind(programs.decode, static=self.static),
+            donate_argnums=1,
+            out_shardings=(layers, whole),
+        )
+        self._insert = jax.jit(bind(kv.insert), donate_argnums=0, out_shardings=layer)
+        self._resize = jax.jit(bind(kv.resize), static_argnums=2, out_shardings=layer)
+        self._empty = jax.jit(self._zeros, static_argnums=(0, 1), out_shardings=layer)
+        self._prepare = jax.jit(self._unstack, out_shardings=self._weight_shardings())
+        self._stats: dict[str, float] = collections.defaultdict(float)
+
+    # ------------------------------------------------------------------ weights and compilation
+
+    def prepare(self, params: Params | Prepared) -> Prepared:
+        """Reshards, casts and unstacks the trainer's weights on the device.
+
+        Give the result to `generate` to sample several times from the same weights.
+        """
+        if isinstance(params, Prepared):
+            return params
+        with jax.set_mesh(self.mesh):
+            return Prepared(self._prepare(params))
+
+    def warm_up(self, params: Params | Prepared) -> int:
+        """Compiles every program the buckets allow; returns how many there are and logs each."""
+        weights = self.prepare(params).params
+        started = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            prompts = [self._warm_prefill(weights, *shape) for shape in self.buckets.prefills()]
+            for rows in self.buckets.rows:
+                for length in self.buckets.lengths:
+                    self._warm_cache(weights, rows, length, prompts)
+        log.info(
+            "rollout warm-up: %d programs in %.1f s",
+            self.compilations,
+            time.perf_counter() - started,
+        )
+        return self.compilations
+
+    def _warm_prefill(self, weights, rows: int, padded: int):
+        tokens_PT = np.full((rows, padded), self.pad_id, np.int32)
+        return padded, self._call("prefill", weights, tokens_PT, np.ones(rows, np.int32))
+
+    def _warm_cache(self, weights, rows: int, length: int, prompts) -> None:
+        layers = self._call("empty", rows, length)
+        layers = [layers] + [self._empty(rows, length) for _ in range(self.spec.n_layers - 1)]
+        for padded, batch in prompts:
+            if padded <= length:
+                none = np.zeros(rows, np.int32), np.zeros(rows, bool)
+                layers[0] = self._call("insert", layers[0], batch[0], *none)
+        slots = Table(rows).slots(self.cfg.chunk)
+        layers, _ = self._call("decode", weights, layers, slots, np.int32(1))
+        for next_rows, next_length in self.buckets.neighbours(rows, length):
+            self._call("resize", layers[0], np.zeros(next_rows, np.int32), next_length)
+
+    @property
+    def compilations(self) -> int:
+        """Programs compiled so far."""
+        compiled = (self._prefill, self._decode, self._insert, self._resize, self._empty)
+        return sum(program._cache_size() for program in compiled)
+
+    def _call(self, name: str, *args):
+        """Calls a compiled function and logs when it had to be compiled for a new shape."""
+        program = getattr(self, "_" + name)
+        before, started = program._cache_size(), time.perf_counter()
+        out = program(*args)
+        if program._cache_size() > before:
+            seconds = time.perf_counter() - started
+            self._stats["compile_s"] += seconds
+            log.info(
+                "rollout compiled %s (%d programs) in %.1f s", name, self.compilations, seconds
+            )
+        return out
+
+    def _unstack(self, params: Params) -> Params:
+        if self.model_cfg.lora is not None:
+            params = lora.merge(params, self.model_cfg)
+        params = jax.tree.map(lambda leaf: leaf.astype(self.cfg.compute_dtype), params)
+        return decoder.unstack_layers(params, self.static.model)
+
+    def _weight_shardings(self) -> Params:
+        """Rules of the parameters, whole over fsdp: a decode step must not gather its weights."""
+        specs = decoder.param_specs(self.static.model)
+        shapes = jax.tree.map(lambda s: s.letters, specs, is_leaf=decoder.is_spec)
+        decoder.param_shardings(self.static.model, self.mesh)  # complains of what does not split
+        place = functools.partial(self.buckets.weight_sharding, self.mesh)
+        layers = jax.tree.map(
+            lambda letters: place(letters.removeprefix("L")), shapes.pop("layers")
+        )
+        out = jax.tree.map(place, shapes)
+        return {**out, "layers": (layers,) * self.static.model.n_layers}
+
+    def _zeros(self, rows: int, length: int) -> kv.Layer:
+        return {n: jnp.zeros(s.shape, s.dtype) for n, s in self.spec.shapes(rows, length).items()}
+
+    # ------------------------------------------------------------------ sampling
+
+    def generate(
+        self,
+        params: Params | Prepared,
+        requests: Iterable[Request | None],
+        on_finish: Callable[[Completion], None] | None = None,
+        on_tokens: Callable[[int, int, np.ndarray], None] | None = None,
+        step: int | None = None,
+    ) -> list[Completion]:
+        """Samples `n` responses of every request; returns them in the order of request and index.
+
+        `on_finish` gets each response as soon as it is complete, `on_tokens(request id, index, new
+        tokens)` every chunk's tokens. `requests` may be a generator: it is read when slots are free,
+        and may yield None to say that nothing has arrived yet. `step` is the training step, named
+        in errors. Requests whose prompt is too long are dropped or cut (`EngineConfig`), and
+        counted.
+
+        Raises ValueError for a request that can never run, FloatingPointError when logits are not
+        finite.
+        """
+        run = _Run(self, self.prepare(params).params, iter(requests), on_finish, on_tokens, step)
+        if isinstance(requests, collections.abc.Sequence):
+            run.expect(sum(r.n for r in requests if r is not None))
+        started = time.perf_counter()
+        with jax.set_mesh(self.mesh):
+            done = run.loop()
+        self._stats["seconds"] += time.perf_counter() - started
+        return done
+
+    def stats(self) -> dict[str, float]:
+        """What the engine has done since it was built or `reset_stats` was called.
+
+        `occupancy` is the share of slot-steps that produced a token, `tokens_per_s` counts response
+        tokens over the wall time of `generate`.
+        """
+        out = dict(self._stats)
+        for name in ("tokens", "responses", "dropped", "truncated_prompts", "seconds"):
+            out.setdefault(name, 0.0)
+        out["tokens_per_s"] = out["tokens"] / max(out["seconds"], 1e-9)
+        out["occupancy"] = out["tokens"] / max(out.get("slot_steps", 0.0), 1.0)
+        out["compilations"] = self.compilations
+        return out
+
+    def reset_stats(self) -> None:
+        """Forgets the counters, not the compiled programs."""
+        self._stats.clear()
+
+
+class _Run:
+    """One call of `generate`: the queue, the table of slots and the cache that belongs to them."""
+
+    def __init__(self, engine: Engine, weights, requests: Iterator, on_finish, on_tokens, step):
+        self.engine, self.weights, self.requests = engine, weights, requests
+        self.on_finish, self.on_tokens, self.step = on_finish, on_tokens, step
+        self.cfg, self.buckets, self.stats = engine.cfg, engine.buckets, engine._stats
+        self.queue: collections.deque[Response] = collections.deque()
+        self.batch: _Prefilled | None = None
+        self.exhausted = False
+        self.seen: set[int] = set()
+        self.order = 0
+        self.done: list[tuple[int, int, Completion]] = []
+        self.table = Table(self.buckets.rows[-1])
+        self.length = self.buckets.lengths[0]
+        self.layers: list[kv.Layer] | None = None
+
+    def expect(self, responses: int) -> None:
+        """Starts with as many slots as there will be responses, not more."""
+        self.table = Table(self.buckets.rows_for(responses))
+
+    def loop(self) -> list[Completion]:
+        """Refill, decode, book, until nothing is left."""
+        engine = self.engine
+        self.layers = [
+            engine._call("empty", self.table.rows, self.length) for _ in range(engine.spec.n_layers)
+        ]
+        while True:
+            self._refill()
+            if not self.table.live():
+                if self.exhausted and not self._pending():
+                    break
+                continue
+            self._fit()
+            self._decode()
+        return [completion for *_, completion in sorted(self.done, key=lambda d: d[:2])]
+
+    # ------------------------------------------------------------------ queue
+
+    def _pending(self) -> bool:
+        return bool(self.queue) or (self.batch is not None and bool(self.batch.waiting))
+
+    def _read(self, wanted: int) -> None:
+        """Moves requests from the caller's iterable to the queue, until `wanted` responses wait."""
+        while not self.exhausted and len(self.queue) < wanted:
+            request = next(self.requests, StopIteration)
+            if request is StopIteration:
+                self.exhausted = True
+            elif request is None:
+                return
+            else:
+                self._accept(request)
+
+    def _accept(self, request: Request) -> None:
+        if request.id in self.seen:
+            raise ValueError(f"request id {request.id} was given twice: ids name random streams")
+        self.seen.add(request.id)
+        request = self.cfg.check(request)
+        if request is None:
+            self.stats["dropped"] += 1
+            return
+        if self.cfg.is_cut(request):
+            request = dataclasses.replace(
+                request, prompt_tokens=tuple(request.prompt_tokens[-self.cfg.max_prompt_len :])
+            )
+            self.stats["truncated_prompts"] += 1
+        for index in range(request.n):
+            self.queue.append(Response(self.order, request, index, []))
+        self.order += 1
+
+    def _refill(self) -> None:
+        """Gives every free slot the next response, prefilling prompts as needed."""
+        free = self.table.free()
+        while free:
+            if self.batch is None or not self.batch.waiting:
+                self._read(self.cfg.slots)
+                if not self.queue:
+                    self.batch = None
+                    return
+                self.batch = self._prefill()
+            count = min(len(free), len(self.batch.waiting))
+            taken = [self.batch.waiting.popleft() for _ in range(count)]
+            self._place(free[:count], taken)
+            free = free[count:]
+
+    def _prefill(self) -> _Prefilled:
+        """Prefills the next prompts of the queue; every response of a prompt shares its row."""
+        started = time.perf_counter()
+        prompts: dict[int, Request] = {}
+        waiting = collections.deque()
+        limit = self.buckets.prefill_rows(self._first_padded())
+        padded = 0
+        while self.queue:
+            response = self.queue[0]
+            request = response.request
+            grown = max(padded, self.buckets.prompt_for(len(request.prompt_tokens) - 1))
+            if request.id not in prompts:
+                if len(prompts) == min(limit, self.buckets.prefill_rows(grown)):
+                    break
+                padded = grown
+                prompts[request.id] = request
+            waiting.append((list(prompts).index(request.id), self.queue.popleft()))
+        rows = self.buckets.prefill_size(len(prompts), padded)
+        tokens_PT = np.full((rows, padded), self.engine.pad_id, np.int32)
+        length_P = np.zeros(rows, np.int32)
+        for row, request in enumerate(prompts.values()):
+            cached = request.prompt_tokens[:-1]
+            tokens_PT[row, : len(cached)] = cached
+            length_P[row] = len(cached)
+        layers = self.engine._call("prefill", self.weights, tokens_PT, length_P)
+        jax.block_until_ready(layers)
+        self.stats["prefill_s"] += time.perf_counter() - started
+        self.stats["prompt_tokens"] += int(length_P.sum())
+        return _Prefilled(layers, padded, waiting)
+
+    def _first_padded(self) -> int:
+        return self.buckets.prompt_for(len(self.queue[0].request.prompt_tokens) - 1)
+
+    def _place(self, slots: list[int], taken) -> None:
+        """Copies prompts from the batch into slots and books their responses."""
+        source_B = np.zeros(self.table.rows, np.int32)
+        fill_B = np.zeros(self.table.rows, bool)
+        for slot, (row, response) in zip(slots, taken, strict=True):
+            source_B[slot], fill_B[slot] = row, True
+            self.table.admit(slot, response)
+        self._grow(max(self.batch.padded, self.table.longest() + self.cfg.chunk))
+        call = self.engine._call
+        for i, prompts in enumerate(self.batch.layers):
+            self.layers[i] = call("insert", self.layers[i], prompts, source_B, fill_B)
+
+    # ------------------------------------------------------------------ cache and decode
+
+    def _grow(self, needed: int) -> None:
+        """Lengthens the cache, bucket by bucket, until `needed` columns fit."""
+        while self.length < needed:
+            self._resize(list(range(self.table.rows)), self.buckets.longer(self.length))
+
+    def _fit(self) -> None:
+        """Takes the smallest bucket that holds the live rows; drops slots that will stay free."""
+        needed = self.table.longest() + self.cfg.chunk
+        self._grow(needed)
+        keep = list(range(self.table.rows))
+        while self.length > self.buckets.lengths[0] and needed <= self.buckets.shorter(self.length):
+            self._resize(keep, self.buckets.shorter(self.length))
+        if self.exhausted and not self._pending():
+            live = self.table.live()
+            while self.table.rows > self.buckets.rows[0]:
+                rows = self.buckets.fewer(self.table.rows)
+                if len(live) > rows:
+                    break
+                slots = (self.table.live() + self.table.free())[:rows]
+                self._resize(slots, self.length)
+                self.table.keep(slots)
+
+    def _resize(self, slots: list[int], length: int) -> None:
+        row_B = np.asarray(slots, np.int32)
+        for i in range(len(self.layers)):  # one by one: never two whole caches at once
+            self.layers[i] = self.engine._call("resize", self.layers[i], row_B, length)
+        self.length = length
+
+    def _decode(self) -> None:
+        """One chunk on the device, then the books."""
+        started = time.perf_counter()
+        table, cfg = self.table, self.cfg
+        more = self._pending() or not self.exhausted
+        stop_after = max(1, int(table.rows * cfg.refill_fraction)) if more else table.rows + 1
+        slots = table.slots(cfg.chunk)
+        self.layers, chunk = self.engine._call(
+            "decode", self.weights, self.layers, slots, np.int32(stop_after)
+        )
+        chunk = jax.device_get(chunk)
+        self._check(chunk)
+        self.stats["decode_s"] += time.perf_counter() - started
+        self.stats["steps"] += int(chunk.steps)
+        self.stats["slot_steps"] += int(chunk.steps) * table.rows
+        self.stats["tokens"] += int(chunk.count_B.sum())
+        for _, response, tokens, reason in table.advance(chunk, slots.forced_IB, self.engine.ends):
+            if self.on_tokens is not None:
+                self.on_tokens(response.request.id, response.index, tokens)
+            if reason is not None:
+                completion = response.finish(reason)
+                self.done.append((response.order, response.index, completion))
+                self.stats["responses"] += 1
+                if self.on_finish is not None:
+                    self.on_finish(completion)
+
+    def _check(self, chunk: programs.Chunk) -> None:
+        for b in self.table.live():
+            if chunk.broken_B[b] >= 0:
+                response = self.table.responses[b]
+                token = int(self.table.columns["generated"][b]) + int(chunk.broken_B[b])
+                at = "" if self.step is None else f"training step {self.step}: "
+                raise FloatingPointError(
+                    f"{at}the logits of token {token} of response {response.index} to request "
+                    f"{response.request.id} are not finite: the weights are broken, go back to the "
+                    "checkpoint before"
+                )

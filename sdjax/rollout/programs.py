@@ -1,0 +1,184 @@
+"""The two compiled functions of the engine: prefill of a batch of prompts, and a chunk of decode steps.
+
+Pure functions of parameters, cache and slot arrays; which request sits in which slot is the host's
+business (`sdjax.rollout.engine`). Randomness comes from what names a response, never from the slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from sdjax.models import decoder
+from sdjax.models.attention import segment_attention
+from sdjax.models.config import ModelConfig
+from sdjax.rollout import cache as kv
+from sdjax.rollout import sampling
+from sdjax.types import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What the compiled functions are specialised to besides their shapes."""
+
+    model: ModelConfig
+    cache: kv.CacheSpec
+    end_tokens: tuple[int, ...]
+    chunk: int
+    compute_dtype: str
+    candidates: int
+    by_row: bool
+
+
+@flax.struct.dataclass
+class Slots:
+    """What a decode chunk needs to know of each slot, [B] unless noted.
+
+    `token` is the last token of the row, not yet in the cache; `length` how many tokens are;
+    `generated` how many response tokens the row has; `budget` how many more it may get (0: the slot
+    is idle). `forced_IB` [I, B] holds the tokens that are forced at each step of the chunk, else -1.
+    `seed`, `request` and `sample` name the response.
+    """
+
+    token: Int[Array, " B"]
+    length: Int[Array, " B"]
+    generated: Int[Array, " B"]
+    budget: Int[Array, " B"]
+    seed: UInt32[Array, " B"]
+    request: UInt32[Array, " B"]
+    sample: UInt32[Array, " B"]
+    settings: sampling.Settings
+    forced_IB: Int[Array, "I B"]
+
+
+@flax.struct.dataclass
+class Chunk:
+    """What a decode chunk sampled: rows of [I, B] are valid up to `count_B` of each slot.
+
+    `broken_B` is the step at which the logits of a live row were not finite, else -1.
+    """
+
+    token_IB: Int[Array, "I B"]
+    logp_IB: Float[Array, "I B"]
+    truncated_logp_IB: Float[Array, "I B"]
+    count_B: Int[Array, " B"]
+    broken_B: Int[Array, " B"]
+    steps: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class _Loop:
+    step: Array
+    token_B: Array
+    live_B: Array
+    buffers: Any
+    chunk: Chunk
+
+
+def prefill(
+    params: Params, tokens_PT: Int[Array, "P T"], length_P: Int[Array, " P"], *, static: Static
+) -> list[kv.Layer]:
+    """Keys and values of the first `length_P` tokens of each prompt, in the cache's layout."""
+    index_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
+    segment_PT = (index_PT < length_P[:, None]).astype(jnp.int32)
+
+    def attend(q, k, v, state, window):
+        del state
+        out = segment_attention(q, k, v, segment_PT, window=window)
+        return out, kv.pack(k, v, static.cache)
+
+    _, layers = decoder.forward(
+        params,
+        tokens_PT,
+        index_PT,
+        static.model,
+        attend=attend,
+        layer_state=[()] * static.model.n_layers,
+        compute_dtype=static.compute_dtype,
+    )
+    return layers
+
+
+def decode(
+    params: Params,
+    layers: list[kv.Layer],
+    slots: Slots,
+    stop_after: Int[Array, ""],
+    *,
+    static: Static,
+) -> tuple[list[kv.Layer], Chunk]:
+    """Samples up to `static.chunk` tokens for every live slot.
+
+    Ends early when no slot lives, when `stop_after` slots have finished, or when logits break.
+    """
+    rows = slots.token.shape[0]
+    key_B2 = sampling.request_keys(slots.seed, slots.request, slots.sample)
+    ends_E = jnp.asarray(static.end_tokens, jnp.int32)
+    started_B = slots.budget > 0
+
+    def going(loop: _Loop) -> Bool[Array, ""]:
+        finished = (started_B & ~loop.live_B).sum()
+        fine = (loop.chunk.broken_B < 0).all() & (finished < stop_after)
+        return (loop.step < static.chunk) & loop.live_B.any() & fine
+
+    def advance(loop: _Loop) -> _Loop:
+        step = loop.step
+        logits_BV, buffers = _next_logits(params, layers, loop, slots.length, static)
+        forced_B = lax.dynamic_index_in_dim(slots.forced_IB, step, 0, keepdims=False)
+        uniform_B2 = sampling.uniforms(key_B2, slots.generated + step)
+        draw = sampling.sample(
+            logits_BV, slots.settings, uniform_B2, static.candidates, static.by_row, forced_B
+        )
+        count_B = loop.chunk.count_B + loop.live_B
+        ended_B = (draw.token[:, None] == ends_E).any(-1) & (forced_B < 0)
+        write = lambda out_IB, x_B: lax.dynamic_update_slice_in_dim(out_IB, x_B[None], step, 0)
+        chunk = Chunk(
+            token_IB=write(loop.chunk.token_IB, draw.token),
+            logp_IB=write(loop.chunk.logp_IB, draw.logp),
+            truncated_logp_IB=write(loop.chunk.truncated_logp_IB, draw.truncated_logp),
+            count_B=count_B,
+            broken_B=jnp.where(loop.live_B & ~draw.finite, step, loop.chunk.broken_B),
+            steps=step + 1,
+        )
+        live_B = loop.live_B & ~ended_B & (count_B < slots.budget)
+        return _Loop(step + 1, draw.token, live_B, buffers, chunk)
+
+    integers_IB = jnp.zeros((static.chunk, rows), jnp.int32)
+    floats_IB = jnp.zeros((static.chunk, rows), jnp.float32)
+    nothing_B = jnp.zeros(rows, jnp.int32)
+    empty = Chunk(integers_IB, floats_IB, floats_IB, nothing_B, nothing_B - 1, jnp.int32(0))
+    buffers = [kv.recent(static.cache, rows, static.chunk, static.compute_dtype) for _ in layers]
+    loop = _Loop(jnp.int32(0), slots.token, started_B, buffers, empty)
+    loop = lax.while_loop(going, advance, loop)
+    merged = [
+        kv.merge(layer, buffer, slots.length, static.cache)
+        for layer, buffer in zip(layers, loop.buffers, strict=True)
+    ]
+    return merged, loop.chunk
+
+
+def _next_logits(params, layers, loop: _Loop, length_B, static: Static):
+    """Logits of the token after `loop.token_B`, and the buffers with that token's keys and values."""
+
+    def attend(q_B1HC, k_B1NC, v_B1NC, state, window):
+        layer, buffer = state
+        buffer = kv.remember(buffer, k_B1NC, v_B1NC, loop.step)
+        out = kv.attend(q_B1HC, layer, buffer, length_B, loop.step, window)
+        return out, buffer
+
+    hidden_B1D, buffers = decoder.forward(
+        params,
+        loop.token_B[:, None],
+        (length_B + loop.step)[:, None],
+        static.model,
+        attend=attend,
+        layer_state=list(zip(layers, loop.buffers, strict=True)),
+        compute_dtype=static.compute_dtype,
+    )
+    return decoder.logits(params, hidden_B1D, static.model)[:, 0], buffers
