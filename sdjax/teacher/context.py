@@ -236,7 +236,7 @@ class _LazyTexts:
 
 
 class _Renderer:
-    """Turns a view into tokens within the limit; equal texts are rendered and encoded once."""
+    """Turns a view into tokens within the limit; equal views are rendered and encoded once."""
 
     def __init__(self, cfg, tokenizer, enable_thinking, system, chat_template):
         self.cfg, self.tokenizer, self.texts = cfg, tokenizer, cfg.templates()
@@ -245,11 +245,18 @@ class _Renderer:
             "system": system,
             "chat_template": chat_template,
         }
-        self.known: dict[str, np.ndarray] = {}
+        self.known: dict[Hashable, TeacherContext] = {}
 
     def __call__(self, problem: Problem, view: View, correct: bool) -> TeacherContext:
         if view.kind == "none":
             return NO_TEACHER
+        correct = correct and "{assessment}" in self.texts.reprompt  # else it changes nothing
+        key = (problem.id, problem.prompt, view.kind, view.solution, view.feedback, correct)
+        if key not in self.known:
+            self.known[key] = self._fit(problem, view, correct)
+        return self.known[key]
+
+    def _fit(self, problem: Problem, view: View, correct: bool) -> TeacherContext:
         text, tokens = self._render(problem, view, correct)
         excess = len(tokens) - self.cfg.max_len
         if excess <= 0:
@@ -283,9 +290,7 @@ class _Renderer:
             problem_messages(problem), question_of(problem), view, correct, self.texts
         )
         text = chat.render_prompt(self.tokenizer, messages, **self.chat)
-        if text not in self.known:
-            self.known[text] = chat.encode_text(self.tokenizer, text)
-        return text, self.known[text]
+        return text, chat.encode_text(self.tokenizer, text)
 
 
 def count_branches(groups, rewards, feedback, views, contexts, cfg) -> dict[str, int]:
