@@ -1,0 +1,200 @@
+"""The vocabulary head and the loss, chunk by chunk, with the gradient in the same pass.
+
+For each chunk of response slots: student logits, teacher logits, loss, d loss / d logits, and from
+that the gradient of the hidden states and of the head weight. Nothing of size slots x vocabulary
+survives a chunk, and no logits are computed twice: three matrix products for the student, one for
+each teacher. The number of chunks is a run-time value, so empty slots at the end of the rows are
+not computed. What the loss is, `objectives.token_loss` says; this file only feeds it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from sdjax.objectives.objective import Knobs, ObjectiveConfig, Slots, token_loss
+from sdjax.parallel import constrain
+from sdjax.types import Array
+
+CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on the CPU, where small chunks are no slower
+CHUNK_BYTES_ACCELERATOR = 512 * 2**20  # larger matrix products keep the units busy
+MIN_SLOTS = 8
+
+
+@flax.struct.dataclass
+class TeacherHead:
+    """Teacher hidden states [B, R, D] and head weights [V, D].
+
+    With `other_hidden` the logits are (1 - mix) * teacher + mix * other (trust region): the current
+    student's on the teacher's prompt.
+    """
+
+    hidden: Array
+    weight: Array
+    other_hidden: Array | None = None
+    other_weight: Array | None = None
+    mix: Array | float = 0.0
+
+
+def chunk_size(rows: int, slots: int, vocab: int, chunk: int = 0) -> int:
+    """Slots per row and chunk: `chunk` when given, else what fits the memory target."""
+    if not chunk:
+        target = CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES_ACCELERATOR
+        chunk = max(MIN_SLOTS, target // (4 * vocab * rows) // MIN_SLOTS * MIN_SLOTS)
+    return max(1, min(chunk, slots))
+
+
+def project(hidden_BRD: Array, weight_VD: Array) -> Array:
+    """Logits [B, R, V] in float32 (float64 for float64 inputs)."""
+    out = jnp.promote_types(hidden_BRD.dtype, jnp.float32)
+    weight_VD = weight_VD.astype(hidden_BRD.dtype)
+    logits = jnp.einsum("brd,vd->brv", hidden_BRD, weight_VD, preferred_element_type=out)
+    return constrain(logits, "B1V")
+
+
+def teacher_logits(teacher: TeacherHead | None) -> Array | None:
+    """Logits of the teacher, mixed with the student's for a trust-region teacher."""
+    if teacher is None:
+        return None
+    logits = project(teacher.hidden, teacher.weight)
+    if teacher.other_hidden is None:
+        return logits
+    return logits + teacher.mix * (project(teacher.other_hidden, teacher.other_weight) - logits)
+
+
+def _slice(tree: Any, start: Array, size: int) -> Any:
+    """Slots [start, start + size) of every [B, R, ...] array of the tree."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 1), tree)
+
+
+def _slice_teacher(teacher: TeacherHead | None, start: Array, size: int) -> TeacherHead | None:
+    """The same for the hidden states of a teacher; its weights stay whole."""
+    if teacher is None:
+        return None
+    cut = functools.partial(_slice, start=start, size=size)
+    return teacher.replace(hidden=cut(teacher.hidden), other_hidden=cut(teacher.other_hidden))
+
+
+def _pad(tree: Any, extra: int) -> Any:
+    """Appends `extra` zero slots to every [B, R, ...] array."""
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, extra)] + [(0, 0)] * (x.ndim - 2))
+    return jax.tree.map(pad, tree) if extra else tree
+
+
+def _measured_shapes(
+    hidden: Array, weight: Array, teacher: TeacherHead | None, slots: Slots, config, knobs
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Names and dtypes of what `token_loss` measures, without computing it."""
+
+    def measure(hidden, weight, teacher, slots, knobs):
+        return token_loss(project(hidden, weight), teacher_logits(teacher), slots, config, knobs)[1]
+
+    return jax.eval_shape(measure, hidden, weight, teacher, slots, knobs)
+
+
+def _loop(
+    hidden_BRD: Array,
+    weight_VD: Array,
+    teacher: TeacherHead | None,
+    slots: Slots,
+    used: Array,
+    knobs: Knobs,
+    config: ObjectiveConfig,
+    chunk: int,
+    with_grad: bool,
+) -> tuple[Array, dict[str, Array], Array | None, Array | None]:
+    """(loss, measurements [B, R], gradient of hidden, gradient of the weight)."""
+    B, R, D = hidden_BRD.shape
+    extra = -R % chunk
+    hidden, slots = _pad(hidden_BRD, extra), _pad(slots, extra)
+    if teacher is not None:
+        teacher = teacher.replace(
+            hidden=_pad(teacher.hidden, extra), other_hidden=_pad(teacher.other_hidden, extra)
+        )
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    shapes = _measured_shapes(hidden, weight_VD, teacher, slots, config, knobs)
+    seen = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
+    weight = weight_VD.astype(hidden.dtype)
+    grads = (jnp.zeros(hidden.shape, dtype), jnp.zeros(weight.shape, dtype)) if with_grad else ()
+
+    def body(i: Array, carry: tuple) -> tuple:
+        loss, seen, grads = carry
+        start = i * chunk
+        part = _slice(slots, start, chunk)
+        hidden_part = _slice(hidden, start, chunk)
+        target = teacher_logits(_slice_teacher(teacher, start, chunk))
+
+        def chunk_loss(logits: Array) -> tuple[Array, dict[str, Array]]:
+            loss_BR, measured = token_loss(logits, target, part, config, knobs)
+            return loss_BR.sum(), measured
+
+        logits = project(hidden_part, weight)
+        if with_grad:
+            (value, measured), dlogits = jax.value_and_grad(chunk_loss, has_aux=True)(logits)
+            dlogits = constrain(dlogits, "B1V").astype(hidden.dtype)
+            dhidden, dweight = grads
+            d = jnp.einsum("brv,vd->brd", dlogits, weight, preferred_element_type=dtype)
+            dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, d, start, 1)
+            dweight += jnp.einsum("brv,brd->vd", dlogits, hidden_part, preferred_element_type=dtype)
+            grads = (dhidden, dweight)
+        else:
+            value, measured = chunk_loss(logits)
+        seen = {
+            name: jax.lax.dynamic_update_slice_in_dim(seen[name], measured[name], start, 1)
+            for name in seen
+        }
+        return loss + value, seen, grads
+
+    count = jnp.minimum(-(-used // chunk), (R + extra) // chunk)
+    loss, seen, grads = jax.lax.fori_loop(0, count, body, (jnp.zeros((), dtype), seen, grads))
+    seen = {name: x[:, :R] for name, x in seen.items()}
+    if not with_grad:
+        return loss, seen, None, None
+    return loss, seen, grads[0][:, :R], grads[1]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def head_loss(
+    hidden_BRD: Array,
+    weight_VD: Array,
+    teacher: TeacherHead | None,
+    slots: Slots,
+    used: Array,
+    knobs: Knobs,
+    config: ObjectiveConfig,
+    chunk: int,
+) -> tuple[Array, dict[str, Array]]:
+    """Sum of the weighted token losses, and the measurements of `token_loss` as [B, R] arrays.
+
+    `hidden_BRD` are the hidden states that predict the slots; `used` is the number of leading slots
+    that any row fills (chunks beyond it are skipped, their measurements are 0). Differentiable in
+    `hidden_BRD` and `weight_VD`, once: the gradient is computed with the value.
+    """
+    return _loop(hidden_BRD, weight_VD, teacher, slots, used, knobs, config, chunk, False)[:2]
+
+
+def _forward(hidden_BRD, weight_VD, teacher, slots, used, knobs, config, chunk):
+    loss, seen, dhidden, dweight = _loop(
+        hidden_BRD, weight_VD, teacher, slots, used, knobs, config, chunk, True
+    )
+    return (loss, seen), (dhidden.astype(hidden_BRD.dtype), dweight.astype(weight_VD.dtype))
+
+
+def _backward(config, chunk, residuals, cotangents):
+    dhidden, dweight = residuals
+    scale = cotangents[0]
+    return (
+        dhidden * scale.astype(dhidden.dtype),
+        dweight * scale.astype(dweight.dtype),
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+head_loss.defvjp(_forward, _backward)

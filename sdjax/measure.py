@@ -1,0 +1,116 @@
+"""What the compiled step reports: masked means and quantiles over the response tokens.
+
+Inputs are the per-slot measurements of `objectives.token_loss` [A, B, R]; outputs are scalars named
+area/name (docs/metrics). Sums in float32.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from sdjax.objectives.importance import effective_sample_size, masked_mean
+from sdjax.types import Array, PackedBatch
+
+QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
+
+
+def masked_quantiles(x: Array, mask: Array) -> dict[str, Array]:
+    """QUANTILES of the entries inside the mask (lower neighbour); 0 when there are none."""
+    flat = jnp.sort(jnp.where(mask > 0, x, jnp.inf).reshape(-1))
+    count = (mask > 0).sum()
+    place = lambda q: jnp.clip(jnp.floor(q * (count - 1)).astype(jnp.int32), 0, flat.size - 1)
+    return {name: jnp.where(count > 0, flat[place(q)], 0.0) for name, q in QUANTILES.items()}
+
+
+def ratio_metrics(prefix: str, log_ratio: Array, mask: Array) -> dict[str, Array]:
+    """Quantiles and effective sample size of exp(log_ratio)."""
+    ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
+    out = {f"{prefix}_{name}": x for name, x in masked_quantiles(ratio, mask).items()}
+    return out | {f"{prefix}_ess": effective_sample_size(ratio, mask)}
+
+
+def word_metrics(
+    divergence: Array, targets: Array, mask: Array, word_of_token: Array, words: tuple[str, ...]
+) -> dict[str, Array]:
+    """Mean divergence on the tokens of each word class, and how many tokens it has."""
+    word = jnp.where(mask > 0, word_of_token[targets], 0).reshape(-1)
+    total = jax.ops.segment_sum((divergence * mask).reshape(-1), word, len(words) + 1)
+    count = jax.ops.segment_sum(mask.reshape(-1), word, len(words) + 1)
+    mean = total / jnp.maximum(count, 1.0)
+    out = {f"distill/divergence_word_{w}": mean[i] for i, w in enumerate(words, 1)}
+    return out | {f"distill/tokens_word_{w}": count[i] for i, w in enumerate(words, 1)}
+
+
+def step_metrics(
+    loss: Array,
+    seen: dict[str, Array],
+    batch: PackedBatch,
+    word_of_token: Array | None = None,
+    words: tuple[str, ...] = (),
+) -> dict[str, Array]:
+    """All scalars of one update except the optimizer's."""
+    mask = batch.mask.astype(jnp.float32)
+    distilled = (batch.distill_weight > 0).astype(jnp.float32)
+    logp = seen["student_logp"]
+    out = {
+        "loss/total": loss,
+        "batch/response_tokens": mask.sum(),
+        "batch/distilled_frac": distilled.sum() / jnp.maximum(mask.sum(), 1.0),
+        "student/logp": masked_mean(logp, mask),
+    }
+    for name, weight in (("policy_loss", batch.weight), ("distill_loss", batch.distill_weight)):
+        if name in seen:
+            out[f"loss/{name.removesuffix('_loss')}"] = (seen[name] * weight).sum()
+    if "student_entropy" in seen:
+        out["student/entropy"] = masked_mean(seen["student_entropy"], mask)
+    if "kl" in seen:
+        out["loss/kl_to_initial"] = masked_mean(seen["kl"], mask)
+    if "clip" in seen:
+        out["policy/clip_frac"] = masked_mean(seen["clip"], mask)
+        out["policy/dual_clip_frac"] = masked_mean(seen["dual"], mask)
+    if "teacher_logp" in seen:
+        out |= _teacher_metrics(seen, batch, distilled, word_of_token, words)
+    return out | _drift_metrics(logp, batch, mask)
+
+
+def _teacher_metrics(
+    seen: dict[str, Array],
+    batch: PackedBatch,
+    distilled: Array,
+    word_of_token: Array | None,
+    words: tuple[str, ...],
+) -> dict[str, Array]:
+    """How teacher and student differ on the distilled tokens."""
+    u = seen["teacher_logp"] - seen["student_logp"]
+    out = {
+        "distill/u_mean": masked_mean(u, distilled),
+        "distill/u_abs": masked_mean(jnp.abs(u), distilled),
+    }
+    if "teacher_entropy" in seen:
+        out["teacher/entropy"] = masked_mean(seen["teacher_entropy"], distilled)
+    if "divergence" in seen:
+        divergence = seen["divergence"]
+        out["distill/divergence"] = masked_mean(divergence, distilled)
+        for name, x in masked_quantiles(divergence, distilled).items():
+            out[f"distill/divergence_{name}"] = x
+        if word_of_token is not None:
+            out |= word_metrics(divergence, batch.targets, distilled, word_of_token, words)
+    return out
+
+
+def _drift_metrics(logp: Array, batch: PackedBatch, mask: Array) -> dict[str, Array]:
+    """Trainer against sampler (before any update on the batch), and current against old policy."""
+    old = logp if batch.old_logp is None else batch.old_logp
+    gap = jnp.where(mask > 0, old - batch.sampler_logp, 0.0)
+    out = {
+        # multiplicative: 1.05 says that probabilities differ by 5% on average
+        "drift/prob_error": masked_mean(jnp.exp(jnp.abs(gap)), mask),
+        "drift/sampler_kl": masked_mean(-gap, mask),
+        "drift/sampler_k3": masked_mean(jnp.exp(gap) - gap - 1, mask),
+    }
+    out |= ratio_metrics("drift/sampler_ratio", gap, mask)
+    if batch.old_logp is not None:
+        out["policy/kl_to_old"] = masked_mean(old - logp, mask)
+        out |= ratio_metrics("policy/ratio", logp - old, mask)
+    return out
