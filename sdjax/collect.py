@@ -17,6 +17,7 @@ import numpy as np
 
 from sdjax.data import chat
 from sdjax.data.packing import PackItem
+from sdjax.data.prompts import problem_messages
 from sdjax.records import (
     Completion,
     Problem,
@@ -48,7 +49,7 @@ class PromptStyle:
         """int32 tokens of the student's prompt, ending with the generation prompt."""
         return chat.encode_prompt(
             self.tokenizer,
-            problem.prompt,
+            problem_messages(problem),
             enable_thinking=self.enable_thinking,
             system=self.system,
             chat_template=self.chat_template,
