@@ -50,7 +50,7 @@ class Checkpoints:
             )
         self._saver = ocp.training.Checkpointer(
             self.directory,
-            save_decision_policy=ocp.training.save_decision_policies.EveryNSteps(1),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
             preservation_policy=PRESERVE.AnyPreservationPolicy(policies),
             cleanup_tmp_directories=True,
         )

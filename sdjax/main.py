@@ -87,17 +87,19 @@ def _fail(message: str) -> NoReturn:
 
 def main(argv: list[str]) -> None:
     """Runs the mode of the config; what a user can mend is told in one sentence."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("sdjax").setLevel(logging.INFO)  # other libraries only warn
     c = _read_config(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     workdir = _WORKDIR.value or default_workdir(_config_flag(argv) or "base")
     try:
         config.check(c)
         run = importlib.import_module(MODULES[c.mode]).run
-        if c.mode != "train":
-            return run(c, workdir)
-        with distributed.session(c, workdir=workdir) as session:
-            run(c, workdir, session.stop)
+        if c.mode == "train":
+            with distributed.session(c, workdir=workdir) as session:
+                run(c, workdir, session.stop)
+        else:
+            run(c, workdir)
     except (ValueError, FileNotFoundError) as error:
         if os.environ.get("SDJAX_DEBUG"):
             raise

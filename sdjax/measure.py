@@ -110,6 +110,10 @@ def _drift_metrics(logp: Array, batch: PackedBatch, mask: Array) -> dict[str, Ar
         "drift/sampler_k3": masked_mean(jnp.exp(gap) - gap - 1, mask),
     }
     out |= ratio_metrics("drift/sampler_ratio", gap, mask)
+    if batch.ref_logp is not None:
+        moved = jnp.where(mask > 0, logp - batch.ref_logp, 0.0)
+        out["policy/kl_initial"] = masked_mean(moved, mask)
+        out["policy/kl_initial_k3"] = masked_mean(jnp.exp(-moved) + moved - 1, mask)
     if batch.old_logp is not None:
         out["policy/kl_to_old"] = masked_mean(old - logp, mask)
         out |= ratio_metrics("policy/ratio", logp - old, mask)

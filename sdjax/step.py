@@ -119,7 +119,7 @@ def init_state(
 
     places = jax.tree.map(lambda x: x.sharding, trained)
     abstract_opt, abstract_teacher = jax.eval_shape(build, trained)
-    opt_places = _like_params(abstract_opt, trained, places, whole)
+    opt_places = like_params(abstract_opt, trained, places, whole)
     teacher_places = None if abstract_teacher is None else places
     opt_state, teacher = jax.jit(build, out_shardings=(opt_places, teacher_places))(trained)
     zero = lambda: jax.device_put(jnp.zeros((), jnp.int32), whole)
@@ -133,7 +133,7 @@ def init_state(
     )
 
 
-def _like_params(opt_state: Any, params: Params, places: Params, whole: NamedSharding) -> Any:
+def like_params(opt_state: Any, params: Params, places: Params, whole: NamedSharding) -> Any:
     """Shardings of an optimizer state: subtrees shaped like the parameters follow them."""
     tree = jax.tree.structure(params)
     like = lambda x: jax.tree.structure(x) == tree
@@ -229,6 +229,11 @@ def _micro_loss(
     )
 
 
+def _used_micro_batches(batch: PackedBatch) -> Array:
+    """How many leading micro-batches hold something; the others cost nothing."""
+    return batch.mask.any((1, 2)).sum()
+
+
 def _accumulate(state, batch: PackedBatch, scalars, cfg, objective, config):
     """(loss, measurements [A, B, R], gradient) summed over the micro-batches in use."""
     key = None
@@ -260,8 +265,7 @@ def _accumulate(state, batch: PackedBatch, scalars, cfg, objective, config):
         {name: zeros(s, (A,)) for name, s in seen.items()},
         jax.tree.map(zeros, grad),
     )
-    used = batch.mask.any((1, 2)).sum()
-    return jax.lax.fori_loop(0, used, body, start)
+    return jax.lax.fori_loop(0, _used_micro_batches(batch), body, start)
 
 
 def _train_step(
@@ -394,10 +398,17 @@ def make_score(
         state = TrainState(0, params, None, None, None, 0)
         scalars = StepScalars(knobs=objective.knobs())
 
-        def one(micro: PackedBatch) -> dict[str, Array]:
+        def one(i: Array | int) -> dict[str, Array]:
+            micro = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, 0, False), batch)
             return _micro_loss(params, state, micro, scalars, model_cfg, objective, config, None)[1]
 
-        return jax.lax.map(one, batch)
+        def body(i: Array, seen: dict[str, Array]) -> dict[str, Array]:
+            part = one(i)
+            return {k: jax.lax.dynamic_update_index_in_dim(seen[k], part[k], i, 0) for k in seen}
+
+        lead = batch.mask.shape[0]
+        empty = {k: jnp.zeros((lead, *x.shape), x.dtype) for k, x in jax.eval_shape(one, 0).items()}
+        return jax.lax.fori_loop(0, _used_micro_batches(batch), body, empty)
 
     jitted = jax.jit(score)
 

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -329,7 +328,7 @@ def _finish(c: ConfigDict, parts: build.Sampler, state: TrainState, workdir: str
             build.full_params(state, parts.cfg),
             tokenizer=parts.style.tokenizer,
             generation_config=parts.generation,
-            dtype=jnp.dtype(c.checkpoint.export_dtype),
+            dtype=c.checkpoint.export_dtype,
         )
     if jax.process_index() != 0:
         return None

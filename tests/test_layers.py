@@ -20,6 +20,8 @@ LAYERS = {
     "config": 1,
     "optimizer": 1,
     "models": 2,
+    "head": 2,
+    "measure": 2,
     "step": 3,
     "rollout": 3,
     "checkpoint": 3,
