@@ -2,7 +2,7 @@
 
 One dict per layer, so that a decode step never slices a stack. Keys are [B, N, C, S] and values
 [B, N, S, C]: both products of decode attention then run over contiguous memory. A decode chunk
-reads the cache without writing to it and collects its own keys and values in a small `recent` buffer,
+reads the cache without writing to it and collects its own keys and values in a small buffer,
 where all rows write the same column; `merge` moves them behind each row's tokens once per chunk.
 
 Columns at or beyond a row's length are garbage by contract: readers mask by length.

@@ -18,7 +18,6 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,9 +155,7 @@ class Engine:
         if program._cache_size() > before:
             seconds = time.perf_counter() - started
             self._stats["compile_s"] += seconds
-            log.info(
-                "rollout compiled %s (%d programs) in %.1f s", name, self.compilations, seconds
-            )
+            log.info("rollout compiled %s (no. %d) in %.1f s", name, self.compilations, seconds)
         return out
 
     def _unstack(self, params: Params) -> Params:
@@ -195,8 +192,8 @@ class Engine:
         """Samples `n` responses of every request; returns them in the order of request and index.
 
         `on_finish` gets each response as soon as it is complete, `on_tokens(request id, index, new
-        tokens)` every chunk's tokens. `requests` may be a generator: it is read when slots are free,
-        and may yield None to say that nothing has arrived yet. `step` is the training step, named
+        tokens)` every chunk's tokens. `requests` may be a generator: it is read when slots are
+        free, and may yield None to say that nothing has arrived yet. `step` is the training step, named
         in errors. Requests whose prompt is too long are dropped or cut (`EngineConfig`), and
         counted.
 

@@ -1,4 +1,4 @@
-"""The two compiled functions of the engine: prefill of a batch of prompts, and a chunk of decode steps.
+"""The two compiled functions of the engine: prefill of prompts, and a chunk of decode steps.
 
 Pure functions of parameters, cache and slot arrays; which request sits in which slot is the host's
 business (`sdjax.rollout.engine`). Randomness comes from what names a response, never from the slot.
@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -40,10 +39,9 @@ class Static:
 class Slots:
     """What a decode chunk needs to know of each slot, [B] unless noted.
 
-    `token` is the last token of the row, not yet in the cache; `length` how many tokens are;
-    `generated` how many response tokens the row has; `budget` how many more it may get (0: the slot
-    is idle). `forced_IB` [I, B] holds the tokens that are forced at each step of the chunk, else -1.
-    `seed`, `request` and `sample` name the response.
+    `token` is the last token of the row, not yet in the cache; `length` how many are; `generated`
+    how many response tokens the row has; `budget` how many more it may get (0: the slot is idle).
+    `forced_IB` [I, B] holds the tokens forced at each step of the chunk, else -1. `seed`, `request` and `sample` name the response.
     """
 
     token: Int[Array, " B"]
@@ -164,7 +162,7 @@ def decode(
 
 
 def _next_logits(params, layers, loop: _Loop, length_B, static: Static):
-    """Logits of the token after `loop.token_B`, and the buffers with that token's keys and values."""
+    """Logits of the token after `loop.token_B`, and the buffers with that token in them."""
 
     def attend(q_B1HC, k_B1NC, v_B1NC, state, window):
         layer, buffer = state

@@ -66,7 +66,7 @@ class Table:
         return max((int(self.columns["length"][b]) for b in self.live()), default=0)
 
     def admit(self, slot: int, response: Response) -> None:
-        """Puts a response into a free slot; its prompt but the last token is in the cache already."""
+        """Puts a response into a free slot; all but its prompt's last token are in the cache."""
         request, s = response.request, response.request.sampling
         values = dict(
             token=request.prompt_tokens[-1],
@@ -110,7 +110,7 @@ class Table:
     def advance(
         self, chunk: programs.Chunk, forced_IB: np.ndarray, ends: frozenset[int]
     ) -> list[tuple[int, Response, np.ndarray, str | None]]:
-        """Books a chunk: (slot, response, its new tokens, why it finished or None) of each live slot."""
+        """Books a chunk: (slot, response, new tokens, finish reason or None) of each live slot."""
         booked = []
         for b in self.live():
             count = int(chunk.count_B[b])
