@@ -24,9 +24,9 @@ class EngineConfig:
     early when `refill_fraction` of the slots are free and something waits. Prompts longer than
     `max_prompt_len` are dropped or cut on the left (`on_long_prompt`).
     The cache starts with `first_length` columns and doubles; when nothing waits, slots are halved
-    up to `row_halvings` times. `prefill_tokens` bounds a prefill batch (prompts times padded length).
-    `cache_dtype` is "auto" (the compute dtype), "float32", "bfloat16" or "int8"; `candidates` the
-    number of logits that truncation looks at before its exact fallback.
+    up to `row_halvings` times. `prefill_tokens` bounds a prefill batch (prompts times padded
+    length). `cache_dtype` is "auto" (the compute dtype), "float32", "bfloat16" or "int8";
+    `candidates` the number of logits that truncation looks at before its exact fallback.
     """
 
     slots: int = 64

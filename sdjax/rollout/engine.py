@@ -193,8 +193,8 @@ class Engine:
 
         `on_finish` gets each response as soon as it is complete, `on_tokens(request id, index, new
         tokens)` every chunk's tokens. `requests` may be a generator: it is read when slots are
-        free, and may yield None to say that nothing has arrived yet. `step` is the training step, named
-        in errors. Requests whose prompt is too long are dropped or cut (`EngineConfig`), and
+        free, and may yield None to say that nothing has arrived yet. `step` is the training step,
+        named in errors. Requests whose prompt is too long are dropped or cut (`EngineConfig`), and
         counted.
 
         Raises ValueError for a request that can never run, FloatingPointError when logits are not

@@ -41,7 +41,8 @@ class Slots:
 
     `token` is the last token of the row, not yet in the cache; `length` how many are; `generated`
     how many response tokens the row has; `budget` how many more it may get (0: the slot is idle).
-    `forced_IB` [I, B] holds the tokens forced at each step of the chunk, else -1. `seed`, `request` and `sample` name the response.
+    `forced_IB` [I, B] holds the tokens forced at each step of the chunk, else -1. `seed`, `request`
+    and `sample` name the response.
     """
 
     token: Int[Array, " B"]
