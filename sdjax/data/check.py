@@ -33,7 +33,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     ) as pool:
         checks = check_golds(report.problems, pool, reward)
     overlaps = {
-        name: find_overlap(report.problems, load_set(name, c.data), c.data.overlap_ngram)
+        name: find_overlap(report.problems, load_set(name, c), c.data.overlap_ngram)
         for name in c.eval.sets
         if name != cfg.name
     }

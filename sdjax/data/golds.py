@@ -65,14 +65,6 @@ def check_golds(problems: Sequence[Problem], pool: VerifierPool, reward: str) ->
     ]
 
 
-def usable(
-    problems: Sequence[Problem], pool: VerifierPool, reward: str
-) -> tuple[list[Problem], list[GoldCheck]]:
-    """The problems whose gold verifies against itself, and the checks of those that do not."""
-    checks = check_golds(problems, pool, reward)
-    return [c.problem for c in checks if c.verified], [c for c in checks if not c.verified]
-
-
 def reasons(checks: Sequence[GoldCheck]) -> dict[str, int]:
     """How often each reason was given for the golds that fail."""
     return dict(collections.Counter(c.reason for c in checks if not c.verified))

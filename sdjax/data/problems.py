@@ -15,6 +15,7 @@ from collections.abc import Hashable, Iterable
 from sdjax.data import benchmarks, sources
 from sdjax.data.benchmarks import SOURCES, Source
 from sdjax.data.columns import BadRow, Columns, RowError, read_row
+from sdjax.data.golds import check_golds
 from sdjax.data.overlap import normal_text
 from sdjax.data.prompts import STYLES, problem_messages
 from sdjax.data.sampler import ProblemSampler
@@ -32,6 +33,7 @@ __all__ = [
 
 GENERIC = ("jsonl", "parquet", "hub")  # any file, any hub data set, by column mapping
 SYNTHETIC_SPLITS = ("test", "ood_steps", "ood_large", "ood_family")
+SHOWN = 10  # bad rows logged one by one
 log = logging.getLogger(__name__)
 
 
@@ -67,7 +69,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a source gave: its problems, the rows that are none, and counts of what was removed."""
+    """What a source gave: its problems, the rows that are none, and counts of what was removed.
+
+    `text_only` are ids of problems whose gold the verifier matches by its characters alone.
+    """
 
     problems: list[Problem]
     rows: int
@@ -75,6 +80,7 @@ class LoadReport:
     duplicates: int
     too_long: int
     origin: str
+    text_only: list[str] = dataclasses.field(default_factory=list)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -89,39 +95,60 @@ def known_names() -> list[str]:
     return ["synthetic", *GENERIC, *sorted(SOURCES)]
 
 
-def load_problems(data_config, tokenizer=None) -> list[Problem]:
+def load_problems(data_config, tokenizer=None, pool=None, reward: str = "math") -> list[Problem]:
     """The problems of config.data (a section of the config or a DataConfig), in the file's order.
 
-    With a tokenizer, prompts over max_prompt_len are left out (on_long_prompt="drop"). Logs counts.
-    Raises ValueError or FileNotFoundError in one sentence where there is nothing to read.
+    With a tokenizer, prompts over max_prompt_len are left out (on_long_prompt="drop"); with a
+    VerifierPool, so are golds that do not verify against themselves. Logs counts and reasons.
+    Raises ValueError or FileNotFoundError in one sentence where there is nothing to use.
     """
-    report = load_report(data_config, tokenizer)
+    report = load_report(data_config, tokenizer, pool, reward)
     log.info("%s", report.summary())
-    for bad in report.bad_rows[:10]:
+    for bad in report.bad_rows[:SHOWN]:
         log.warning("row %d of %s skipped: %s", bad.index, report.origin, bad.reason)
-    if len(report.bad_rows) > 10:
-        log.warning("... and %d more bad rows", len(report.bad_rows) - 10)
+    if len(report.bad_rows) > SHOWN:
+        log.warning("... and %d more bad rows", len(report.bad_rows) - SHOWN)
+    if report.text_only:
+        log.warning(
+            "%d golds of %s match by their very text only, such as those of %s: "
+            "--config=configs/check_rewards.py lists them",
+            len(report.text_only),
+            report.origin,
+            ", ".join(report.text_only[:SHOWN]),
+        )
     return report.problems
 
 
-def load_set(name: str, data_config, limit: int | None = None) -> list[Problem]:
-    """An evaluation set by name: a split of the synthetic tasks, or the test split of a source.
+def load_set(name: str, c, limit: int | None = None) -> list[Problem]:
+    """An evaluation set by name.
 
-    Of `data_config` only a `path` that is a folder is used: the root of local copies.
+    "train" is what training sees, |D| included; "test", "ood_steps" ... are synthetic splits; a
+    file's path is read with the columns of config.data; any other name is the last split of that
+    source. `c` is the whole config (its `data` section will do for all but "train"); a folder in
+    config.data.path is tried as the place of local copies.
     """
-    cfg = _as_config(data_config)
+    cfg = _as_config(c)
+    if name == "train":
+        problems = load_problems(cfg)
+        sampler = ProblemSampler(problems, 1, c.seed, c.data.subset_size)
+        return sampler.problems[:limit]
     if name in SYNTHETIC_SPLITS:
         changed = {"name": "synthetic", "split": name, "synthetic_level": None}
         size = {"synthetic_size": limit or cfg.synthetic_size}
         return load_problems(dataclasses.replace(cfg, **changed, **size))
-    splits = _source(name).splits
-    path = cfg.path if cfg.path and not _is_file(cfg.path) else ""
-    changed = {"name": name, "path": path, "hub": "", "split": splits[-1]}
+    if _is_file(name):
+        return load_problems(dataclasses.replace(cfg, name="jsonl", path=name, limit=limit))
+    source = _source(name)
+    split = source.splits[-1]
+    near = (
+        cfg.path and not _is_file(cfg.path) and sources.candidate(cfg.path, _files(source, split))
+    )
+    changed = {"name": name, "path": near or "", "hub": "", "split": split}
     cfg = dataclasses.replace(cfg, **changed, columns=Columns(), prompt_style="auto", limit=limit)
     return load_problems(cfg)
 
 
-def load_report(data_config, tokenizer=None) -> LoadReport:
+def load_report(data_config, tokenizer=None, pool=None, reward: str = "math") -> LoadReport:
     """As `load_problems`, with the account of what was left out."""
     cfg = _as_config(data_config)
     if cfg.prompt_style not in STYLES:
@@ -133,29 +160,41 @@ def load_report(data_config, tokenizer=None) -> LoadReport:
         return _synthetic(cfg)
     source = _source(cfg.name)
     split = cfg.split or source.splits[0]
-    if source.splits and split not in source.splits and cfg.name not in GENERIC:
+    if split not in source.splits and cfg.name not in GENERIC:
         raise ValueError(
             f"config.data.split is {split!r}, but {cfg.name} has {', '.join(source.splits)}"
         )
     rows, origin = _rows(cfg, source, split)
     count, duplicates, problems, bad = _read(rows, cfg, source)
+    short = [p for p in problems if _fits(p, cfg, tokenizer)]
+    kept, bad_golds, text_only = _with_good_golds(short[: cfg.limit], pool, reward)
+    bad = sorted([*bad, *bad_golds], key=lambda row: row.index)
     if bad and cfg.on_bad_row == "refuse":
         raise ValueError(
             f"row {bad[0].index} of {origin} (and {len(bad) - 1} more) cannot be used: "
             f"{bad[0].reason}; mend it, or set config.data.on_bad_row=skip"
         )
-    short = [p for p in problems if _fits(p, cfg, tokenizer)]
-    if not short:
+    if not kept:
         why = f"; row {bad[0].index}: {bad[0].reason}" if bad else ""
         raise ValueError(f"{origin} gives no usable problem out of {count} rows{why}")
-    return LoadReport(
-        problems=short[: cfg.limit],
-        rows=count,
-        bad_rows=bad,
-        duplicates=duplicates,
-        too_long=len(problems) - len(short),
-        origin=origin,
-    )
+    too_long = len(problems) - len(short)
+    return LoadReport(kept, count, bad, duplicates, too_long, origin, text_only)
+
+
+def _with_good_golds(
+    problems: list[Problem], pool, reward: str
+) -> tuple[list[Problem], list[BadRow], list[str]]:
+    """Problems whose gold verifies against itself, the others as bad rows, text-only golds."""
+    if pool is None:
+        return problems, [], []
+    checks = check_golds(problems, pool, reward)
+    bad = [
+        BadRow(c.problem.meta["row"], f"the gold {c.problem.answer[:60]!r} fails: {c.reason}")
+        for c in checks
+        if not c.verified
+    ]
+    text_only = [c.problem.id for c in checks if c.verified and not c.understood]
+    return [c.problem for c in checks if c.verified], bad, text_only
 
 
 def _as_config(data_config) -> DataConfig:
@@ -188,7 +227,7 @@ def _synthetic(cfg: DataConfig) -> LoadReport:
 
 def _rows(cfg: DataConfig, source: Source, split: str) -> tuple[Iterable[tuple[int, dict]], str]:
     """Rows with their index in the source, and the name of where they came from."""
-    files = tuple(file.format(split=split) for file in source.files)
+    files = _files(source, split)
     local = None if cfg.name == "hub" else sources.find_local(cfg.path, files)
     if local is not None:
         rows = sources.read_rows(local, split)
@@ -209,6 +248,10 @@ def _rows(cfg: DataConfig, source: Source, split: str) -> tuple[Iterable[tuple[i
         hub, cfg.hub_config or source.hub_config, hub_split, source.hub_files, files
     )
     return enumerate(rows), f"hub data set {hub}"
+
+
+def _files(source: Source, split: str) -> tuple[str, ...]:
+    return tuple(file.format(split=split) for file in source.files)
 
 
 def _read(

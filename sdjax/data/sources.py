@@ -43,14 +43,17 @@ def find_local(path: str, candidates: Sequence[str] = ()) -> str | None:
         )
     if path and Path(path).is_file():
         return path
-    root = Path(path) if path else data_root()
-    if root is None:
-        return None
-    for candidate in candidates:
-        for place in (root / candidate, root / Path(candidate).name):
+    root = path or data_root()
+    return (candidate(root, candidates) if root else None) or path or None
+
+
+def candidate(root: str | Path, candidates: Sequence[str]) -> str | None:
+    """The first of the candidate files that exists below `root`, None without one."""
+    for name in candidates:
+        for place in (Path(root) / name, Path(root) / Path(name).name):
             if place.exists():
                 return str(place)
-    return path or None
+    return None
 
 
 def read_rows(path: str, split: str = "") -> Iterator[Row]:

@@ -6,6 +6,7 @@ import pytest
 
 from sdjax.data.columns import Columns, RowError, as_text, lookup, read_row
 from sdjax.data.problems import DataConfig, load_problems, load_report
+from sdjax.records import Verdict
 
 
 def row(**fields):
@@ -122,3 +123,25 @@ def test_a_source_without_any_good_row_is_an_error(tmp_path):
     path.write_text('{"text": "Q"}\n', encoding="utf-8")
     with pytest.raises(ValueError, match=r"no usable problem out of 1 rows; row 0: no prompt"):
         load_problems(DataConfig(name="jsonl", path=str(path)))
+
+
+class Pool:
+    """Stands in for the verifier: knows one bad gold, and one that it cannot read."""
+
+    def score(self, responses, golds):
+        return [
+            Verdict(gold != "2" and not ("style" in said and gold == "8"), gold, "unparsable")
+            for said, gold in zip(responses, golds, strict=True)
+        ]
+
+
+def test_golds_are_checked_when_a_verifier_is_given(jsonl, caplog):
+    """An unparsable gold is reported with its row and never rewarded."""
+    cfg = DataConfig(name="jsonl", path=jsonl)
+    report = load_report(cfg, pool=Pool())
+    assert [p.answer for p in report.problems] == ["4", "8"]
+    assert [bad.index for bad in report.bad_rows] == [0, 1, 4]
+    assert "the gold '2' fails: unparsable" in report.bad_rows[0].reason
+    assert report.text_only == ["5"]
+    load_problems(cfg, pool=Pool())
+    assert "match by their very text only" in caplog.text

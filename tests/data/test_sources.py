@@ -5,7 +5,14 @@ import json
 import pytest
 
 from sdjax.data import benchmarks, sources
-from sdjax.data.problems import DataConfig, known_names, load_problems, load_report, load_set
+from sdjax.data.problems import (
+    DataConfig,
+    ProblemSampler,
+    known_names,
+    load_problems,
+    load_report,
+    load_set,
+)
 
 ROWS = [{"prompt": f"What is {i}+1?", "answer": str(i + 1)} for i in range(5)]
 
@@ -172,3 +179,26 @@ def test_config_section_and_dataclass_agree():
     ours = DataConfig.from_config(c)
     expected = DataConfig(enable_thinking=c.data.enable_thinking)
     assert ours == expected
+
+
+def test_an_evaluation_set_never_falls_back_to_the_training_folder(tmp_path, monkeypatch):
+    """config.data.path may be a folder of training files: they must not be graded as AIME."""
+    train = tmp_path / "train"
+    write(train / "mine.jsonl", ROWS, "jsonl")
+    write(tmp_path / "root" / "evaluation" / "aime24.jsonl", ROWS, "jsonl")
+    monkeypatch.setattr("datasets.load_dataset", _no_network)
+    monkeypatch.delenv("SDJAX_DATA", raising=False)
+    with pytest.raises(ValueError, match="could not be loaded from the hub"):
+        load_set("aime24", DataConfig(name="jsonl", path=str(train)))
+
+
+def test_an_evaluation_set_may_be_a_file_or_the_training_set(tmp_path):
+    from sdjax import config
+
+    path = write(tmp_path / "mine.jsonl", ROWS, "jsonl")
+    assert [p.answer for p in load_set(path, DataConfig(), limit=2)] == ["1", "2"]
+    c = config.base()
+    c.data.name, c.data.path, c.data.subset_size = "jsonl", path, 2
+    seen = load_set("train", c)
+    sampler = ProblemSampler(load_problems(c.data), 64, c.seed, 2)
+    assert {p.id for p in seen} == {p.id for p in sampler.batch(0)}  # METHODS 6.6: seen questions
