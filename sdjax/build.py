@@ -82,7 +82,7 @@ def sampler(c: ConfigDict, mesh: Mesh) -> tuple[Sampler, Params]:
         deadline_s=c.reward.deadline_s,
         memory_mb=c.reward.memory_mb,
     )
-    sets = {name: problems.load_set(name, c.data, c.eval.problems) for name in c.eval.sets}
+    sets = {name: problems.load_set(name, c, c.eval.problems) for name in c.eval.sets}
     parts = Sampler(
         cfg, mesh, style, model.generation, engine, pool, sets, EvalConfig.from_config(c)
     )
