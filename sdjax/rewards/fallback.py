@@ -34,7 +34,6 @@ def fallback_equal(answer: str, gold: str) -> tuple[bool, str]:
     """(verdict, reason) by math-verify behind the guards and the veto."""
     if (refusal := refused(answer, gold)) is not None:
         return False, refusal
-    need_heavy_imports()
     try:
         return _compare(answer, gold)
     except (ValueError, TypeError, ArithmeticError, AttributeError, RecursionError):
@@ -79,10 +78,17 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-def _compare(answer: str, gold: str) -> tuple[bool, str]:
+def import_math_verify():
+    """The module, loaded outside any deadline and without its warning at every call."""
+    need_heavy_imports()
     import math_verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    return math_verify
+
+
+def _compare(answer: str, gold: str) -> tuple[bool, str]:
+    math_verify = import_math_verify()
     latex = [math_verify.LatexExtractionConfig(boxed_match_priority=0)]
     parsed = [
         math_verify.parse(

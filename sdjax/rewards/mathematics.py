@@ -28,12 +28,17 @@ def unboxed_gold(gold: str) -> str:
 
 def extract(response: str, gold: str, config: RewardConfig) -> Verdict | str:
     """A verdict where text or plain numbers decide, else the box for a worker."""
-    gold = unboxed_gold(gold or "")
-    if not gold.strip():
-        return missing("empty_gold")
     answer, reason = boxed_answer(response, config)
     if answer is None:
         return missing(reason)
+    return decide_directly(answer, gold, config)
+
+
+def decide_directly(answer: str, gold: str, config: RewardConfig) -> Verdict | str:
+    """A verdict on an extracted answer where no worker is needed, else the answer."""
+    gold = unboxed_gold(gold or "")
+    if not gold.strip():
+        return missing("empty_gold")
     if len(answer) > config.max_answer_chars + len(gold):
         return Verdict(squeeze(answer) == squeeze(gold), answer[:100], "too_long")
     decided = quick_equal(answer, gold)
