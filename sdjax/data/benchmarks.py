@@ -86,9 +86,10 @@ def read_tool(row: Row, index: int, columns: Columns, style: str) -> Problem:
     except ValueError as error:
         raise RowError(f"the gold is not JSON: {error}") from error
     calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(c, dict) and c.get("Action") for c in calls):
-        raise RowError("the gold holds no call with an Action")
-    return problem
+    whole = [isinstance(c, dict) and c.get("Action") and "Action_Input" in c for c in calls]
+    if not calls or not all(whole):
+        raise RowError("the gold is no list of calls with Action and Action_Input")
+    return dataclasses.replace(problem, answer=json.dumps(calls, ensure_ascii=False))
 
 
 LCB_FORMAT = (
@@ -120,8 +121,7 @@ def read_livecodebench(row: Row, index: int, columns: Columns, style: str) -> Pr
     gold: dict[str, Any] = {
         "inputs": [t["input"] for t in tests],
         "outputs": [t["output"] for t in tests],
-        "testtype": tests[0].get("testtype", "stdin"),
-        "fn_name": metadata.get("func_name") or "",
+        "fn_name": metadata.get("func_name") or None,  # None: a program that reads stdin
     }
     return Problem(
         id=str(row.get("question_id", index)),

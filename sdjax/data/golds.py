@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from sdjax.records import Problem
 from sdjax.rewards import VerifierPool
+from sdjax.rewards.code import read_tests
 
 MATH_REWARDS = ("math", "sdpo_released")
 
@@ -72,7 +73,7 @@ def reasons(checks: Sequence[GoldCheck]) -> dict[str, int]:
 
 def _tests_present(problem: Problem) -> GoldCheck:
     try:
-        count = len(json.loads(problem.answer)["inputs"])
-    except (ValueError, KeyError, TypeError):
-        return GoldCheck(problem, False, False, "tests_unreadable")
-    return GoldCheck(problem, count > 0, count > 0, "tests" if count else "no_tests")
+        read_tests(problem.answer)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return GoldCheck(problem, False, False, "unreadable_gold")
+    return GoldCheck(problem, True, True, "tests")

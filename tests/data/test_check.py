@@ -58,7 +58,7 @@ def test_verified_and_understood_are_told_apart():
 def test_code_golds_must_hold_tests():
     golds = ('{"inputs": ["1"], "outputs": ["2"]}', '{"inputs": []}', "print(1)")
     checks = check_golds(problems(*golds), Pool(), "code")
-    assert [c.reason for c in checks] == ["tests", "no_tests", "tests_unreadable"]
+    assert [c.reason for c in checks] == ["tests", "unreadable_gold", "unreadable_gold"]
 
 
 def run(tmp_path, rows, capsys, **changes):

@@ -44,8 +44,7 @@ def test_all_tests_go_into_the_gold(tmp_path):
     assert json.loads(problem.answer) == {
         "inputs": ["1 2\n", "5 6\n"],
         "outputs": ["3\n", "11\n"],
-        "testtype": "stdin",
-        "fn_name": "",
+        "fn_name": None,  # an empty name would be taken for a function to call
     }
     assert "Add two numbers." in problem.prompt and "stdin" in problem.prompt
 
@@ -78,3 +77,17 @@ def test_unreadable_tests_are_a_bad_row(tmp_path, garbage):
     report = load(tmp_path, row(), row(question_content="Other.", private_test_cases=garbage))
     assert "cannot be unpacked" in report.bad_rows[0].reason
     assert issubclass(RowError, ValueError)
+
+
+def test_the_golds_are_what_the_code_reward_runs(tmp_path):
+    """Adapter and verifier must agree on the shape, or every program would be wrong."""
+    from sdjax.rewards.code import read_tests
+
+    tests = read_tests(load(tmp_path, row()).problems[0].answer)
+    assert (tests.inputs, tests.outputs, tests.function) == (
+        ["1 2\n", "5 6\n"],
+        ["3\n", "11\n"],
+        None,
+    )
+    changed = row(starter_code="class S", metadata={"func_name": "add"})
+    assert read_tests(load(tmp_path, changed).problems[0].answer).function == "add"
