@@ -434,7 +434,10 @@ def update_teacher(state: TrainState, rate: float) -> TrainState:
     """
     if state.teacher_params is None or rate == 0:
         return state
-    return state.replace(teacher_params=_blend_donated(state.teacher_params, state.params, rate))
+    places = jax.tree.map(lambda x: x.sharding, state.teacher_params)
+    teacher = _blend_donated(state.teacher_params, state.params, rate)
+    # the same places under the same names, or the step would be compiled again for them
+    return state.replace(teacher_params=jax.device_put(teacher, places))
 
 
 def put_batch(batch: PackedBatch, mesh: Mesh) -> PackedBatch:
