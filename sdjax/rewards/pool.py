@@ -241,7 +241,7 @@ class VerifierPool:
             self._handle(worker, message)
         if closed:
             self._bury(worker)
-        elif worker.task is None and worker.served >= self._recycle_after:
+        elif worker.spent or (worker.task is None and worker.served >= self._recycle_after):
             self._remove(worker)
 
     def _handle(self, worker: Worker, message: dict) -> None:
@@ -258,6 +258,7 @@ class VerifierPool:
             if "verdict" in message:
                 self._resolve(task, Verdict(**message["verdict"]))
             else:
+                worker.spent = message["error"] == "memory"  # it ends itself: give it no more work
                 self._note_error(message["error"])
                 self._resolve(task, Verdict(False, task.answer, "error"))
 

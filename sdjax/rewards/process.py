@@ -14,6 +14,7 @@ import time
 from sdjax.rewards.options import RewardConfig
 
 ROOT = str(pathlib.Path(__file__).resolve().parents[2])
+WORKER_MODULE = "sdjax.rewards.worker"
 HEAVY_MODULES = {"math": "sympy,math_verify", "sdpo_released": "math_verify"}
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 LAST_WORDS = 600  # characters of a dead worker's stderr that an error quotes
@@ -31,7 +32,7 @@ class Worker:
         heavy = HEAVY_MODULES.get(reward, "") if config.fallback else ""
         self._stderr = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "sdjax.rewards.worker", reward, config.to_json(), heavy],
+            [sys.executable, "-m", WORKER_MODULE, reward, config.to_json(), heavy],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._stderr,
@@ -45,6 +46,7 @@ class Worker:
         self.task = None
         self.ready = False
         self.writing = False
+        self.spent = False  # to be replaced before it gets another task
         self.served = 0
         self.expires: float | None = time.monotonic() + start_seconds
         self._outgoing = b""

@@ -37,6 +37,7 @@ class Reward:
 
 BUILT_IN = {
     "math": "sdjax.rewards.mathematics:MATH",
+    "gold": "sdjax.rewards.gold:GOLD",
     "sdpo_released": "sdjax.rewards.released:SDPO_RELEASED",
     "choice": "sdjax.rewards.choice:CHOICE",
     "answer_line": "sdjax.rewards.lines:ANSWER_LINE",

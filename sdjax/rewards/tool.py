@@ -17,7 +17,7 @@ from sdjax.rewards.registry import Reward
 
 MAX_CHARS = 20_000
 MAX_CALLS = 32
-_ACTION = re.compile(r"^[ \t*]{0,8}Action[ \t]?:[ \t*]*([\w.\-]{1,200})[ \t*`]*$", re.MULTILINE)
+_ACTION = re.compile(r"^[ \t*]{0,8}Action[ \t]?:[ \t*`]*([^\n]{1,200}?)[ \t*`]*$", re.MULTILINE)
 _INPUT = re.compile(r"\s*[ \t*]{0,8}Action[ _]Input[ \t]?:[ \t*]*")
 FORMAT = "Write each call as two lines, 'Action: tool name' and 'Action Input: {JSON}'."
 Call = tuple[str, str]
