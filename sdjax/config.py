@@ -89,7 +89,8 @@ def _data() -> ConfigDict:
     d.limit = placeholder(int)  # at most so many problems, in the file's order; None = all
     d.synthetic_size = 4096  # problems of the synthetic source [o]
     d.synthetic_level = placeholder(int)  # difficulty of the synthetic source; None = mixed
-    d.overlap_ngram = 13  # words in a row that count as train/eval overlap [o, as GPT-3]
+    d.overlap_ngram = 20  # words in a row that count as train/eval overlap [o]
+    d.on_overlap = "report"  # training questions of an evaluation set: report (log) or drop
     d.subset_size = placeholder(int)  # task coverage |D| [P Sec. 6.2]; None = all problems
     d.enable_thinking = True  # passed to the chat template [P: on]
     d.system = placeholder(str)  # system message; None = the template's own default
@@ -259,7 +260,24 @@ def _log() -> ConfigDict:
 
 
 def _sft() -> ConfigDict:
-    s = ConfigDict()
+    s = ConfigDict()  # read by sdjax.sft and sdjax.data.supervised; all values our own
+    s.init = "model"  # start from the weights of model.path, or from "scratch"
+    s.arch = ConfigDict()  # sizes of the model that "scratch" makes
+    s.arch.d_model = 128
+    s.arch.n_layers = 4
+    s.arch.n_heads = 4
+    s.arch.n_kv_heads = 2
+    s.arch.head_dim = 32
+    s.arch.d_ff = 512
+    s.source = "reasoner"  # examples: reasoner (simulated traces) or jsonl (sft.path)
+    s.path = ""  # JSONL file with fields prompt and response
+    s.steps = 1000  # optimizer updates
+    s.examples = 64  # per update
+    s.rows = 0  # packed rows per update; 0 = one per example, so that nothing is dropped
+    s.row_len = 256  # tokens of a row; longer examples are dropped (counted)
+    s.slots = 0  # learnt tokens of a row; 0 = row_len
+    s.drill_start = 0.9  # share of plain arithmetic facts among the first examples (reasoner)
+    s.drill_until = 0.5  # fraction of the run after which there are none
     return s
 
 
@@ -317,6 +335,7 @@ CHOICES: Mapping[str, tuple] = {
     "model.remat": ("none", "dots", "full"),
     "data.on_long_prompt": ("drop", "truncate"),
     "data.on_bad_row": ("skip", "refuse"),
+    "data.on_overlap": ("report", "drop"),
     "data.prompt_style": ("auto", "as_is", "bare", "boxed", "answer_line", "opsd"),
     "rollout.cache_dtype": ("auto", "float32", "bfloat16", "int8"),
     "objective.loss_agg": (
@@ -340,6 +359,8 @@ CHOICES: Mapping[str, tuple] = {
     "optimizer.state_dtype": ("float32", "bfloat16"),
     "eval.preset": ("", "paper", "thinking", "non_thinking"),
     "analysis.kind": ("report", "compare", "word_shift", "judge"),
+    "sft.init": ("model", "scratch"),
+    "sft.source": ("reasoner", "jsonl"),
     "checkpoint.export_dtype": ("float32", "bfloat16", "float16"),
     "distributed.method": ("auto", "single", "explicit", "slurm", "tpu"),
 }
@@ -395,6 +416,13 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "log.text_every": (0, math.inf),
+    "sft.steps": (1, math.inf),
+    "sft.examples": (1, math.inf),
+    "sft.rows": (0, math.inf),
+    "sft.row_len": (8, math.inf),
+    "sft.slots": (0, math.inf),
+    "sft.drill_start": (0, 1),
+    "sft.drill_until": (0, 1),
     "plan.limit_frac": (0.1, 1.0),
     "distributed.startup_timeout_s": (1, 86400),
     "distributed.heartbeat_timeout_s": (2, 3600),

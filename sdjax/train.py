@@ -25,7 +25,7 @@ from sdjax import build, collect, config, distributed
 from sdjax.analysis import report
 from sdjax.checkpoint import Checkpoints, bind_workdir
 from sdjax.data import packing
-from sdjax.data.problems import load_problems
+from sdjax.data.problems import training_problems
 from sdjax.data.sampler import ProblemSampler
 from sdjax.evaluate import evaluate
 from sdjax.metrics import MetricsWriter, rollout_metrics
@@ -53,9 +53,8 @@ def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None)
     parts, params = build.sampler(c, build.training_mesh(c))
     learner, state = build.learner(c, parts, params)
     del params  # the state holds them now, and the step donates it
-    data = ProblemSampler(
-        load_problems(c.data, parts.style.tokenizer), c.batch.prompts, c.seed, c.data.subset_size
-    )
+    problems = training_problems(c, parts.style.tokenizer, parts.pool, parts.eval_sets)
+    data = ProblemSampler(problems, c.batch.prompts, c.seed, c.data.subset_size)
     checkpoints = Checkpoints(workdir, c.checkpoint.keep, c.checkpoint.best_metric)
     restored = checkpoints.restore(state)
     state = state if restored is None else restored

@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from sdjax.data import benchmarks, sources
 from sdjax.data.benchmarks import SOURCES, Source
 from sdjax.data.columns import BadRow, Columns, RowError, read_row
 from sdjax.data.golds import check_golds
-from sdjax.data.overlap import normal_text
+from sdjax.data.overlap import normal_text, screened
 from sdjax.data.prompts import STYLES, problem_messages
 from sdjax.data.sampler import ProblemSampler
 from sdjax.records import Problem
@@ -29,6 +29,7 @@ __all__ = [
     "load_problems",
     "load_report",
     "load_set",
+    "training_problems",
 ]
 
 GENERIC = ("jsonl", "parquet", "hub")  # any file, any hub data set, by column mapping
@@ -117,6 +118,15 @@ def load_problems(data_config, tokenizer=None, pool=None, reward: str = "math") 
             ", ".join(report.text_only[:SHOWN]),
         )
     return report.problems
+
+
+def training_problems(
+    c, tokenizer, pool, eval_sets: Mapping[str, Sequence[Problem]]
+) -> list[Problem]:
+    """The problems that a run of config `c` trains on: loaded, golds checked, overlap screened."""
+    problems = load_problems(c.data, tokenizer, pool, c.reward.name)
+    held_out = {name: found for name, found in eval_sets.items() if name != "train"}
+    return screened(problems, held_out, c.data.overlap_ngram, c.data.on_overlap == "drop")
 
 
 def load_set(name: str, c, limit: int | None = None) -> list[Problem]:

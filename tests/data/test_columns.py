@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sdjax.data.columns import Columns, RowError, as_text, lookup, read_row
-from sdjax.data.problems import DataConfig, load_problems, load_report
+from sdjax.data.problems import DataConfig, load_problems, load_report, training_problems
 from sdjax.records import Verdict
 
 
@@ -145,3 +145,14 @@ def test_golds_are_checked_when_a_verifier_is_given(jsonl, caplog):
     assert report.text_only == ["5"]
     load_problems(cfg, pool=Pool())
     assert "match by their very text only" in caplog.text
+
+
+def test_training_problems_are_checked_and_screened(jsonl, caplog):
+    from sdjax import config
+
+    c = config.base()
+    c.data.name, c.data.path, c.data.on_overlap = "jsonl", jsonl, "drop"
+    held_out = {"train": load_problems(c.data), "mine": load_problems(c.data)[2:]}
+    kept = training_problems(c, None, Pool(), held_out)
+    assert [p.answer for p in kept] == ["4"]  # "2" fails its verifier, "8" stands in "mine"
+    assert "evaluation set mine" in caplog.text and "set train" not in caplog.text

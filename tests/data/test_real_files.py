@@ -65,6 +65,20 @@ def test_a_real_leak_between_train_and_test_is_found():
     assert len(find_overlap(train, test).exact) == 1
 
 
+def test_coverage_questions_that_stand_in_the_evaluation_sets():
+    """One is an AMC23 problem in other spelling, one a MATH500 problem with another sign."""
+    train = load("task_coverage_512").problems
+    found = {
+        s: find_overlap(train, load(s).problems) for s in ("aime24", "aime25", "amc23", "math500")
+    }
+    assert {name: (len(o.exact), len(o.near)) for name, o in found.items()} == {
+        "aime24": (0, 0),
+        "aime25": (0, 0),
+        "amc23": (0, 1),
+        "math500": (0, 1),
+    }
+
+
 def test_toolalpaca_golds_are_calls():
     problems = load("toolalpaca", split="test").problems
     assert len(problems) == 68 and all('"Action"' in p.answer for p in problems)
