@@ -17,16 +17,16 @@ class HealthError(RuntimeError):
 def check_prob_error(metrics: Mapping[str, Any], limit: float) -> None:
     """Stops when sampler and trainer give the sampled tokens different probabilities.
 
-    `drift/prob_error` is mean exp|trainer - sampler| of log-probabilities *before* any update on the
-    batch, 1 when they agree. Something is wrong then (template, dtype, stale weights, positions).
+    `drift/prob_error` is mean exp|trainer - sampler| of log-probabilities *before* any update on
+    the batch, 1 when they agree. Then look at template, dtype, weights, positions.
     """
     value = float(metrics["drift/prob_error"])
     if not value <= limit:  # also catches NaN
         raise HealthError(
-            f"sampler and trainer disagree: token probabilities differ by a factor of {value:.4g} on "
-            f"average (drift/prob_error), the limit config.guard.max_prob_error is {limit}; look "
-            "for different weights, dtype or prompt, or raise the limit if the sampler's precision "
-            "explains it"
+            f"sampler and trainer disagree: token probabilities differ by a factor of {value:.4g} "
+            f"on average (drift/prob_error), the limit config.guard.max_prob_error is {limit}; "
+            "look for different weights, dtype or prompt, or raise the limit if the sampler's "
+            "precision explains it"
         )
 
 
