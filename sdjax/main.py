@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     try:
         config.check(c)
         run = importlib.import_module(MODULES[c.mode]).run
-        if c.mode == "train":
+        if c.mode in ("train", "sft"):  # these save and resume
             with distributed.session(c, workdir=workdir) as session:
                 run(c, workdir, session.stop)
         else:

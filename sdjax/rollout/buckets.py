@@ -60,7 +60,7 @@ class EngineConfig:
         return cls(
             slots=c.rollout.slots,
             max_prompt_len=c.data.max_prompt_len,
-            max_new_tokens=c.sampling.max_new_tokens,
+            max_new_tokens=max(c.sampling.max_new_tokens, c.eval.max_new_tokens),
             chunk=c.rollout.chunk,
             compute_dtype=compute,
             cache_dtype=c.rollout.cache_dtype,
