@@ -37,8 +37,8 @@ class Temper:
     `quick` share of second looks that only state a value; chances that either look is wrong.
     """
 
-    slip: tuple[float, float, float] = (0.05, 0.22, 0.34)
-    hedge: tuple[float, float, float] = (0.03, 0.2, 0.4)
+    slip: tuple[float, float, float] = (0.08, 0.34, 0.46)
+    hedge: tuple[float, float, float] = (0.03, 0.25, 0.45)
     notice: float = 0.3
     notice_hedged: float = 0.75
     recheck: float = 0.03
@@ -54,7 +54,7 @@ ANSWER_KNOWN = Temper(slip=(0.01, 0.05, 0.08), hedge=(0.02, 0.12, 0.25), notice=
 UNCERTAIN = Temper(
     slip=(0.02, 0.06, 0.1), hedge=(0.3, 0.6, 0.8), notice=0.7, recheck=0.1, recheck_hedged=0.4
 )
-NO_THINK = Temper(slip=(0.05, 0.24, 0.36), hedge=(0.01, 0.05, 0.1), notice=0.15, quick=0.8)
+NO_THINK = Temper(slip=(0.08, 0.32, 0.44), hedge=(0.01, 0.05, 0.1), notice=0.15, quick=0.8)
 
 
 # ---------------------------------------------------------------------------------- single steps
@@ -323,6 +323,31 @@ def _feedback(problem: Problem, rng: random.Random) -> tuple[str, str]:
         "\\boxed{your_answer}."
     )
     return reprompt(problem, feedback=text), work(problem.meta["steps"], rng).thinking_text
+
+
+def make_drill(index: int, seed: int = 0, problems: int = 3) -> list[tuple[str, bool]]:
+    """Facts without noise: (text, is it to be learnt) for the steps of a few problems.
+
+    Pretraining starts on these, as a pupil starts with tables: what is learnt is the right value of
+    each step and the careful way to it.
+    """
+    rng = random.Random(f"drill/{index}/{seed}")
+    spans: list[tuple[str, bool]] = []
+    for k in range(problems):
+        steps = draw("pretrain", index * problems + k, seed + 1).meta["steps"]
+        values: list[Value] = []
+        for op, a, b in steps:
+            a, b = resolve(a, values), resolve(b, values)
+            values.append(apply_op(op, a, b))
+            question, sign, _ = render_step(op, a, b, values[-1]).rpartition("=")
+            if not sign:
+                continue  # comparisons are learnt in context
+            answer = str(values[-1])
+            parts = careful_parts(op, a, b)
+            if parts and rng.random() < 0.4:
+                answer += f"{rng.choice(CHECKS)}{', '.join([*parts, answer])}"
+            spans += [(question + sign, False), (answer + "\n", True)]
+    return spans
 
 
 _BUILDERS = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +140,12 @@ def save(folder: str | Path) -> None:
     }
     text = json.dumps(settings, indent=2) + "\n"
     (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def load() -> Any:
+    """The tokenizer as transformers loads it, without writing it to the package."""
+    from sdjax.data import chat
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder)
+        return chat.load_tokenizer(folder)
