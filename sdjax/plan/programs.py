@@ -131,6 +131,8 @@ def _on_tpu(c: ConfigDict) -> ConfigDict:
     c = c.copy_and_resolve_references()
     if c.model.compute_dtype == "auto":
         c.model.compute_dtype = "bfloat16"
+    if c.model.attention == "auto":
+        c.model.attention = "splash"
     return c
 
 

@@ -1,0 +1,180 @@
+"""Plans: names of slices, counts against published sizes, and one real plan compiled for a TPU."""
+
+import importlib.util
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sdjax import config, plan
+from sdjax.plan import analytic, chips, hlo, known, programs, report, study
+from sdjax.plan.roofline import Phase
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install 'sdjax[tpu]'",
+)
+SMALL = {
+    "model_type": "qwen3",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
+def small_config(folder):
+    """A run of a two-layer model with rows long enough for the kernels."""
+    (folder / "config.json").write_text(json.dumps(SMALL))
+    c = config.base()
+    c.model.path = str(folder)
+    c.data.max_prompt_len, c.sampling.max_new_tokens = 128, 384
+    c.eval.max_new_tokens = 384
+    c.teacher.context.max_len = 640
+    c.batch.prompts, c.batch.mini_prompts, c.batch.group_size = 16, 8, 4
+    c.mesh.fsdp = 4
+    c.rollout.slots, c.rollout.chunk = 16, 8
+    return c
+
+
+@pytest.mark.parametrize(
+    "text, name, product, devices",
+    [
+        ("v5p:4x4x4", "v5p:4x4x4", "v5p-128", 64),
+        ("v5p-128", "v5p:4x4x4", "v5p-128", 64),
+        ("v6e-256", "v6e:16x16", "v6e-256", 256),
+        ("v5litepod-8", "v5e:2x4", "v5litepod-8", 8),
+        ("v4-8", "v4:2x2x1", "v4-8", 4),
+        ("tpu7x:2x2x1", "tpu7x:2x2x1", "tpu7x-8", 8),
+    ],
+)
+def test_slices_by_topology_and_by_product(text, name, product, devices):
+    """v5p counts cores, v5e and v6e chips: off by two, one rents half of what one planned."""
+    topology = chips.parse(text)
+    assert (topology.name, topology.product, topology.devices) == (name, product, devices)
+
+
+@pytest.mark.parametrize("text", ["v5p", "v9:2x2", "v5e:2x2x2", "v5p-130", "v6e:0x4", ""])
+def test_other_texts_are_not_slices(text):
+    """One sentence with the field and an example."""
+    with pytest.raises(ValueError, match="config.plan.topology=.*for example"):
+        chips.parse(text)
+
+
+@pytest.mark.parametrize(
+    "name, billions",
+    [
+        ("Qwen/Qwen3-0.6B", 0.596),
+        ("Qwen/Qwen3-1.7B", 1.72),
+        ("Qwen/Qwen3-8B", 8.19),
+        ("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", 7.62),
+        ("allenai/Olmo-3-7B-Instruct", 7.30),
+    ],
+)
+def test_known_architectures_have_their_published_size(name, billions):
+    """A slip in the table of architectures would make every plan wrong."""
+    count = analytic.parameter_count(known.model_config(name)) / 1e9
+    assert count == pytest.approx(billions, rel=0.005)
+
+
+def test_an_unknown_model_is_one_sentence(tmp_path):
+    """No weights are needed to plan, but a config.json is."""
+    with pytest.raises(ValueError, match="no config.json"):
+        known.model_config(str(tmp_path / "nothing"))
+
+
+def test_roofline_takes_the_slowest_clock():
+    """1 TFLOP, 1 GB and 1 GB on the wire of a v5e."""
+    chip = chips.CHIPS["v5e"]
+    costs = hlo.Costs(1e12, 1e9, {("all-gather", "1"): (2.0, 1e9)})
+    phase = Phase.of("x", 3, costs, chip)
+    assert phase.clocks["compute"] == pytest.approx(1 / 197)
+    assert phase.clocks["memory"] == pytest.approx(1e9 / 8.19e11)
+    assert phase.bound == "wire" and phase.seconds == pytest.approx(1e9 / 9e10)
+    assert phase.total_seconds == pytest.approx(3 * phase.seconds)
+    assert Phase.of("x", 1, costs, chip, share=0.5).wire == 5e8
+
+
+def fake_plan(c, train=10, rollout=12, suggestions=()):
+    """A plan of made-up sizes in GiB, for the report."""
+    chip = chips.parse("v5e:2x4")
+    phase = Phase.of("train step", 2, hlo.Costs(1e12, 1e9), chip.chip)
+    return study.Plan(
+        c=c,
+        topology=chip,
+        mesh={"data": 2, "fsdp": 4, "tensor": 1, "context": 1},
+        rollout_mesh={"data": 4, "fsdp": 1, "tensor": 1, "context": 1},
+        hosts=2,
+        parameters=10**9,
+        spec=programs.PackingSpec(1, 8, 512, 1024, 512),
+        attention="splash",
+        train_memory={"parameters": train * study.GIB},
+        rollout_memory={"parameters": study.GIB, "KV cache": (rollout - 1) * study.GIB},
+        programs={"train step": programs.Program("train step", 1.0, 1, 1, 1, 1, "text")},
+        phases=[phase],
+        analytic_train_flops=1e12,
+        slots=64,
+        slots_that_fit=80,
+        suggestions=list(suggestions),
+    )
+
+
+def test_the_report_says_whether_it_fits_and_by_how_much():
+    """At most 85 % of memory by default; the larger of both phases counts."""
+    c = config.base()
+    good = report.to_markdown(fake_plan(c))
+    assert "**Fits**: 12.00 of 15.75 GiB per device (76%)" in good and "80 fit" in good
+    bad = report.to_markdown(fake_plan(c, train=14, suggestions=["--config.mesh.fsdp=8 fits"]))
+    assert "**Does not fit**: 14.00 GiB" in bad and "0.6 GiB over the limit of 85%" in bad
+    assert "--config.mesh.fsdp=8 fits" in bad
+    again = json.loads(report.to_json(fake_plan(c)))
+    assert again["fits"] and again["phases"][0]["bound"] == "compute"
+    assert "| v5e:2x4 | v5litepod-8 | yes | 10.00 | 12.00 |" in report.comparison([fake_plan(c)])
+
+
+@needs_libtpu
+def test_a_program_that_does_not_fit_is_told_with_its_need():
+    """XLA refuses to compile it: the size comes from its message, not from a traceback."""
+    device = programs.devices(chips.parse("v5e:1x1"))[0]
+    place = jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((2**29, 16), jnp.float32, sharding=place)
+    lower = lambda: jax.jit(lambda x: x * 2 + x.sum(0)).lower(x)
+    program = programs.compile_program("big", lower)
+    assert not program.compiled and program.peak_bytes >= 32 * 2**30
+
+
+@needs_libtpu
+def test_a_slice_that_does_not_exist_is_one_sentence():
+    """libtpu knows which sides hosts can fill."""
+    with pytest.raises(ValueError, match="config.plan.topology=v5e:3x3 cannot be described"):
+        programs.devices(chips.parse("v5e:3x3"))
+
+
+@needs_libtpu
+def test_the_real_run_is_planned_for_a_tpu(tmp_path, capsys):
+    """Train step, prefill and decode compile for v5e:2x4 with the TPU's attention kernel; sizes and
+    FLOPs agree with formulas."""
+    c = small_config(tmp_path)
+    c.plan.topology = "v5e:2x4"
+    plan.run(c, str(tmp_path / "run"))
+    assert "**Fits**" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run" / "plan" / "v5e-2x4.json").read_text())
+    assert (tmp_path / "run" / "plan" / "v5e-2x4.md").read_text().startswith("## ")
+    # float32 parameters split over fsdp 4, Adam's two moments and the teacher beside them
+    cfg = known.model_config(str(tmp_path))
+    shard = 4 * analytic.parameter_count(cfg) / 4
+    memory = saved["train_memory"]
+    assert memory["parameters"] == pytest.approx(shard, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(2 * shard, rel=0.01)
+    assert memory["teacher"] == memory["parameters"]
+    assert saved["train_bytes"] < saved["hbm_bytes"] and saved["slots_that_fit"] > 16
+    by_name = {phase["name"]: phase for phase in saved["phases"]}
+    assert set(by_name) == {"prefill", "decode step", "train step"}
+    assert by_name["train step"]["collectives"]["all-gather"]["bytes"] > 0
+    decode = analytic.decode_flops(cfg, 16, 512 + 32) / 4
+    assert by_name["decode step"]["flops"] == pytest.approx(decode, rel=0.35)
