@@ -1,0 +1,170 @@
+"""The decoder against itself: scanned or unrolled, on a mesh, packed or alone, cached or not."""
+
+import dataclasses
+
+import families
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sdjax.models import decoder, rope
+from sdjax.models.config import ModelConfig
+from sdjax.parallel import make_mesh
+
+CFG = ModelConfig.from_hf(families.CASES["qwen3-gqa7-yarn-window"] | {"num_attention_heads": 4})
+
+
+def rows(B=2, T=12):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(3, 90, (B, T)), jnp.int32)
+    return tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(T), (B, T))
+
+
+def params_of(cfg):
+    """Parameters with random norms and biases, as in a trained model."""
+    params = decoder.init_params(cfg, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    noise = [
+        0.2 * jax.random.normal(jax.random.key(i), x.shape) if x.ndim <= 3 else 0.0
+        for i, x in enumerate(leaves)
+    ]
+    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "windows", [(None,) * 4, (4, 4, 4, None), (4, None) * 2, (None, None, None, 4)]
+)
+def test_scanned_equals_unrolled(windows):
+    """Layers of several kinds end up in the right order with the right window, state included."""
+    cfg = dataclasses.replace(CFG, n_layers=4, windows=windows)
+    params, (tokens, _, positions) = params_of(cfg), rows()
+    seen = []
+
+    def attend(q, k, v, state, window):
+        seen.append(window)
+        keep = k if window is None else k * 0.5
+        return q * 0.1, state + keep.sum()
+
+    state = jnp.arange(4.0)
+    scanned = decoder.forward(params, tokens, positions, cfg, attend=attend, layer_state=state)
+    seen.clear()
+    unrolled = decoder.forward(
+        decoder.unstack_layers(params, cfg),
+        tokens,
+        positions,
+        cfg,
+        attend=attend,
+        layer_state=tuple(state),
+    )
+    assert tuple(seen) == windows
+    np.testing.assert_allclose(scanned[0], unrolled[0], atol=2e-5)
+    np.testing.assert_allclose(scanned[1], jnp.stack(unrolled[1]), rtol=1e-4)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    """Two sequences in one row give the hidden states that each gives alone."""
+    params, (tokens, segments, positions) = params_of(CFG), rows(B=1)
+    segments = jnp.where(jnp.arange(12) < 5, 1, 2)[None]
+    positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
+    packed = decoder.hidden_states(params, tokens, segments, positions, CFG)
+    for part in (slice(0, 5), slice(5, 12)):
+        alone = decoder.hidden_states(
+            params, tokens[:, part], segments[:, part], positions[:, part], CFG
+        )
+        np.testing.assert_allclose(packed[:, part], alone, atol=1e-5)
+
+
+def test_a_cache_gives_the_same_as_the_whole_row():
+    """Token by token through `layer_state`, as the rollout engine does."""
+    params, (tokens, segments, positions) = params_of(CFG), rows(B=1)
+    whole = decoder.hidden_states(params, tokens, segments, positions, CFG)
+    shape = (CFG.n_layers, 1, 12, CFG.n_kv_heads, CFG.head_dim)
+    cache = (jnp.zeros(shape), jnp.zeros(shape))
+    for t in range(12):
+
+        def attend(q, k, v, state, window, t=t):
+            keys, values = state[0].at[:, t].set(k[:, 0]), state[1].at[:, t].set(v[:, 0])
+            first = 0 if window is None else max(0, t + 1 - window)
+            seen = keys[:, first : t + 1], values[:, first : t + 1]
+            return jax.nn.dot_product_attention(q, *seen), (keys, values)
+
+        hidden, cache = decoder.forward(
+            params,
+            tokens[:, t : t + 1],
+            positions[:, t : t + 1],
+            CFG,
+            attend=attend,
+            layer_state=cache,
+        )
+        np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_no_gradient(remat):
+    params, args = params_of(CFG), rows()
+
+    def loss(params, remat):
+        return jnp.sum(jnp.sin(decoder.hidden_states(params, *args, CFG, remat=remat)))
+
+    grad = jax.jit(jax.grad(loss), static_argnums=1)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+        grad(params, remat),
+        grad(params, "none"),
+    )
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 8},
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 2, "tensor": 2, "context": 2},
+    ],
+)
+def test_logits_do_not_depend_on_the_mesh(sizes):
+    """Also checks that each device holds only its part of a split parameter."""
+    params, args = params_of(CFG), rows(B=8)
+    mesh = make_mesh(**sizes)
+
+    @jax.jit
+    def run(params, *args):
+        return decoder.logits(params, decoder.hidden_states(params, *args, CFG), CFG)
+
+    wanted = run(params, *args)
+    placed = jax.tree.map(jax.device_put, params, decoder.param_shardings(CFG, mesh))
+    w_q = placed["layers"]["w_q"]
+    shard = w_q.addressable_shards[0].data.size
+    assert shard * sizes.get("fsdp", 1) * sizes.get("tensor", 1) == w_q.size
+    with jax.set_mesh(mesh):
+        got = run(placed, *args)
+    np.testing.assert_allclose(np.asarray(got), wanted, atol=2e-5)
+
+
+def test_shardings_refuse_what_does_not_split():
+    with pytest.raises(ValueError, match=r"layers.w_k has 2 entries.*mesh.tensor=8"):
+        decoder.param_shardings(dataclasses.replace(CFG, n_heads=8), make_mesh(tensor=8))
+
+
+def test_rope_rotates_pairs_of_halves():
+    """Component i turns with component i + C/2, counter-clockwise; attention alone cannot tell."""
+    x = jnp.zeros((1, 1, 1, 4)).at[..., 0].set(1.0)
+    angles = rope.angles(rope.Rope(theta=100.0), jnp.array([[3]]), 4)
+    np.testing.assert_allclose(
+        rope.rotate(x, angles)[0, 0, 0], [np.cos(3), 0, np.sin(3), 0], atol=1e-6
+    )
+    x = jnp.zeros((1, 1, 1, 4)).at[..., 3].set(1.0)
+    np.testing.assert_allclose(
+        rope.rotate(x, angles)[0, 0, 0], [0, -np.sin(0.3), 0, np.cos(0.3)], atol=1e-6
+    )
+
+
+def test_hidden_states_follow_the_compute_dtype():
+    """bfloat16 compute gives bfloat16 hidden states and float32 logits, near the float32 ones."""
+    params, args = params_of(CFG), rows()
+    exact = decoder.logits(params, decoder.hidden_states(params, *args, CFG), CFG)
+    hidden = decoder.hidden_states(params, *args, CFG, compute_dtype=jnp.bfloat16)
+    rough = decoder.logits(params, hidden, CFG)
+    assert hidden.dtype == jnp.bfloat16 and rough.dtype == jnp.float32
+    assert 1e-4 < jnp.abs(rough - exact).mean() < 0.1
