@@ -124,6 +124,15 @@ def training_problems(
     c, tokenizer, pool, eval_sets: Mapping[str, Sequence[Problem]]
 ) -> list[Problem]:
     """The problems that a run of config `c` trains on: loaded, golds checked, overlap screened."""
+    for name in (c.data.name, *c.eval.sets):
+        usual = SOURCES[name].reward if name in SOURCES else c.reward.name
+        if usual != c.reward.name:
+            log.warning(
+                "the answers of %s are written for config.reward.name=%s, but it is %s",
+                name,
+                usual,
+                c.reward.name,
+            )
     problems = load_problems(c.data, tokenizer, pool, c.reward.name)
     held_out = {name: found for name, found in eval_sets.items() if name != "train"}
     return screened(problems, held_out, c.data.overlap_ngram, c.data.on_overlap == "drop")

@@ -170,21 +170,30 @@ PRESETS |= {
 def templates(template: str, solution: str = "", feedback: str = "") -> Templates:
     """A preset by name, or the text itself; non-empty `solution` and `feedback` replace sections.
 
-    With a text of one's own the sections default to the paper's. Raises ValueError for a text that
-    shows no question or misspells a placeholder.
+    With a text of one's own the sections default to the paper's. `{{}}`, as templates for Python's
+    str.format write an empty box, is read as `{}`. Raises ValueError for a text that shows no
+    question or misspells a placeholder.
     """
     base = PRESETS.get(template)
     if base is None:
-        base = dataclasses.replace(PRESETS["paper"], reprompt=template)
+        base = dataclasses.replace(PRESETS["paper"], reprompt=template.replace("{{}}", "{}"))
     return dataclasses.replace(
-        base, solution=solution or base.solution, feedback=feedback or base.feedback
+        base,
+        solution=solution.replace("{{}}", "{}") or base.solution,
+        feedback=feedback.replace("{{}}", "{}") or base.feedback,
     )
 
 
 def hint_messages(
     messages: list[dict[str, str]], solution: str, preset: str = "hint"
 ) -> list[dict[str, str]]:
-    """The paper's guided generation prompt (METHODS 6.1): messages with the solution shown."""
-    prompt = messages[-1]["content"]
+    """The paper's guided generation prompt (METHODS 6.1): the solution in every user turn."""
+    return [
+        message if message["role"] != "user" else _hinted(message["content"], solution, preset)
+        for message in messages
+    ]
+
+
+def _hinted(prompt: str, solution: str, preset: str) -> dict[str, str]:
     turn = PRESETS[preset].user_turn(prompt=prompt, question=prompt, solution=solution)
-    return [*messages[:-1], {**messages[-1], "content": turn}]
+    return {"role": "user", "content": turn}

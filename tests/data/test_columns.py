@@ -156,3 +156,6 @@ def test_training_problems_are_checked_and_screened(jsonl, caplog):
     kept = training_problems(c, None, Pool(), held_out)
     assert [p.answer for p in kept] == ["4"]  # "2" fails its verifier, "8" stands in "mine"
     assert "evaluation set mine" in caplog.text and "set train" not in caplog.text
+    c.eval.sets = ("sciknoweval_physics",)  # letters in <answer>, which no box would ever match
+    training_problems(c, None, Pool(), {})
+    assert "sciknoweval_physics are written for config.reward.name=choice" in caplog.text

@@ -75,6 +75,18 @@ def test_hint_prompt_equals_the_analysis_script(shared_dir):
         assert hint_messages(case["messages"], case["solution"]) == case["out"]
 
 
+def test_the_hint_goes_into_every_user_turn():
+    """As the analysis script does, unlike the training prompt; other roles stay."""
+    messages = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+    ]
+    hinted = hint_messages(messages, "S")
+    tail = "\n\nCorrect solution: S\n\nCorrectly solve the original question."
+    assert [m["content"] for m in hinted] == ["Q1" + tail, "A1", "Q2" + tail]
+
+
 def test_the_last_message_alone_is_replaced():
     """Earlier turns stay; METHODS 3.2 step 7."""
     student = [

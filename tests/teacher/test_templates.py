@@ -74,3 +74,9 @@ def test_mistakes_get_one_sentence(arguments, message):
     with pytest.raises(ValueError, match="config.teacher.context") as error:
         templates(*arguments)
     assert message in str(error.value)
+
+
+def test_a_template_written_for_str_format_means_the_same():
+    """Templates are copied from verl's YAML, where an empty box is escaped."""
+    texts = templates("{prompt}{solution}\n\\boxed{{}}", solution="<{successful_previous_attempt}>")
+    assert texts.user_turn(prompt="P", question="Q", solution="S") == "P<S>\n\\boxed{}"
