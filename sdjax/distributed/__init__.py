@@ -34,7 +34,7 @@ from sdjax.distributed.collectives import (
     check_same,
     global_batch,
 )
-from sdjax.distributed.rollcall import Watch, roll_call, say
+from sdjax.distributed.rollcall import EXIT_PEER_LOST, Watch, roll_call, say
 from sdjax.distributed.stop import StopSignal
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
     "session",
 ]
 
-EXIT_PEER_LOST = 75  # EX_TEMPFAIL: the same command may be run again
+EXIT_BAD_INPUT = 2  # running it again will not help
 SHUTDOWN_TIMEOUT_S = 60
 # Fields in which the processes of one run must differ, or may.
 OWN_FIELDS = ("distributed.process_id", "distributed.coordinator")
@@ -132,23 +132,25 @@ def _leave_after(error: BaseException, watch: Watch) -> None:
             break
         time.sleep(0.1)
     if watch.loss:
-        leave(watch.loss)
+        leave(watch.loss, watch.code)
+    users_mistake = isinstance(error, ValueError | FileNotFoundError)
     summary = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    watch.report_failure(summary[:500])
-    if isinstance(error, StartupError):
-        say(f"sdjax: {error}")
+    watch.report_failure(summary[:500], EXIT_BAD_INPUT if users_mistake else EXIT_PEER_LOST)
+    if users_mistake and not os.environ.get("SDJAX_DEBUG"):
+        say(f"sdjax: {error} (SDJAX_DEBUG=1 shows the traceback)")
     else:
         traceback.print_exception(error)
-    _exit(1)
+    _exit(EXIT_BAD_INPUT if users_mistake else 1)
 
 
-def leave(loss: str) -> None:
+def leave(loss: str, code: int) -> None:
     """Ends this process because another is gone. Never returns."""
+    advice = "; run the same command again to resume from the last checkpoint"
     say(
-        f"sdjax: {loss}, so process {jax.process_index()} stops too; run the same command again "
-        "to resume from the last checkpoint"
+        f"sdjax: {loss}, so process {jax.process_index()} stops too"
+        f"{advice if code == EXIT_PEER_LOST else ''}"
     )
-    _exit(EXIT_PEER_LOST)
+    _exit(code)
 
 
 def _exit(code: int) -> None:

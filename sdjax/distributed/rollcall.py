@@ -20,6 +20,7 @@ from typing import Any
 
 from sdjax.distributed.cluster import Cluster, StartupError, this_host
 
+EXIT_PEER_LOST = 75  # EX_TEMPFAIL: the same command may be run again
 PORT_OFFSET = 7000
 HELLO_TIMEOUT_S = 10.0
 MAX_LINE_BYTES = 1 << 22
@@ -237,15 +238,16 @@ def compare(mine: Fingerprint, theirs: Fingerprint, who: str) -> list[str]:
 
 
 class Watch:
-    """Listens to the other processes of a run until `close`; calls `on_loss(sentence)` once.
+    """Listens to the other processes of a run until `close`; calls `on_loss(sentence, code)` once.
 
     Process 0 hears everybody and passes news on; the others hear process 0. `stop_asked` is set in
-    every process once any of them has called `ask_stop`.
+    every process once any of them has called `ask_stop`. `code` is the exit code that the failure
+    asks of all processes: EXIT_PEER_LOST unless the input itself was wrong.
     """
 
     def __init__(self, process: int, peers: list[Peer], timeout_s: float, on_loss: Callable):
         self.stop_asked = threading.Event()
-        self.loss = ""
+        self.loss, self.code = "", EXIT_PEER_LOST
         self._process, self._peers, self._timeout_s = process, peers, timeout_s
         self._on_loss, self._closed = on_loss, threading.Event()
         for peer in peers:
@@ -259,10 +261,11 @@ class Watch:
         self.stop_asked.set()
         self._tell({"type": "stop"})
 
-    def report_failure(self, message: str) -> None:
+    def report_failure(self, message: str, code: int) -> None:
         """Tells the others that this process failed, and why, before it leaves."""
         self._closed.set()
-        self._tell({"type": "failed", "process": self._process, "message": message})
+        about = {"process": self._process, "message": message, "code": code}
+        self._tell({"type": "failed", **about})
 
     def close(self) -> None:
         """Says goodbye, so that the end of this process is not taken for a death."""
@@ -292,7 +295,7 @@ class Watch:
                     next_beat = time.monotonic() + self._timeout_s / 4
                 self._look_for_silence()
         if self.loss and not self._closed.is_set():
-            self._on_loss(self.loss)
+            self._on_loss(self.loss, self.code)
 
     def _read(self, peer: Peer, selector: selectors.BaseSelector) -> None:
         messages = peer.receive()
@@ -312,6 +315,7 @@ class Watch:
         elif kind == "bye":
             peer.left = True
         elif kind == "failed":
+            self.code = message["code"]
             self.loss = f"process {message['process']} failed: {message['message']}"
             peer.left = True
         elif kind == "lost":
