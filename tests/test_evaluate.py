@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+import types
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 from etils import epath
 
-from sdjax import config, evaluate
+from sdjax import build, config, evaluate
 from sdjax.metrics import read_rows
 from sdjax.records import Completion, Problem, SamplingParams, Verdict
 
@@ -34,6 +35,9 @@ class FakeEngine:
     def __init__(self, drop=()):
         self.drop, self.requests = drop, []
 
+    def prepare(self, params):
+        return params
+
     def generate(self, params, requests, on_finish=None):
         self.requests += requests
         out = []
@@ -53,6 +57,12 @@ class FakeEngine:
 
 class FakePool:
     """A response is correct when its last word is the answer."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        pass
 
     def submit(self, response, gold):
         future = Future()
@@ -191,3 +201,39 @@ def test_bad_fields_are_named():
         eval_config(preset="papre")
     with pytest.raises(ValueError, match="config.eval.samples = 2"):
         eval_config(samples=2, pass_at=(1, 4))
+
+
+def small_evaluation():
+    c = config.base()
+    config.shrink(c)
+    c.mode, c.eval.sets, c.eval.problems, c.eval.samples = "evaluate", ("test",), 2, 2
+    c.eval.max_new_tokens = c.sampling.max_new_tokens = 8
+    return c
+
+
+def check_files(folder):
+    rows = read_rows(folder / "responses.jsonl")
+    assert [row["index"] for row in rows] == [0, 1, 0, 1]
+    assert all(0 < row["length"] <= 8 for row in rows)
+    assert "| test | " in (folder / "table.md").read_text()
+    assert json.loads((folder / "results.json").read_text())["model"] == "tiny"
+
+
+def test_mode_evaluate_leaves_numbers_table_and_responses(tmp_path, monkeypatch):
+    c = small_evaluation()
+    parts = types.SimpleNamespace(
+        engine=FakeEngine(),
+        pool=FakePool(),
+        style=FakeStyle(),
+        eval_sets={"test": problems("a", 2)},
+        eval_cfg=evaluate.EvalConfig.from_config(c),
+    )
+    monkeypatch.setattr(build, "sampler", lambda c, mesh: (parts, None))
+    evaluate.run(c, str(tmp_path))
+    check_files(tmp_path / "eval")
+
+
+@pytest.mark.slow
+def test_mode_evaluate_with_the_tiny_model(tmp_path):
+    evaluate.run(small_evaluation(), str(tmp_path))
+    check_files(tmp_path / "eval")
