@@ -108,21 +108,36 @@ def remember(buffer: Layer, k_B1NC: Array, v_B1NC: Array, step: Int[Array, ""]) 
     }
 
 
+def masks(
+    length_B: Int[Array, " B"], step: Int[Array, ""], columns: int, chunk: int, window: int | None
+) -> tuple[Float[Array, "B S"], Float[Array, " I"]]:
+    """What a row's new token sees, as terms to add to its scores: 0 where it sees, -inf elsewhere.
+
+    Columns below `length_B` of the cache and columns up to `step` of the buffer, of these the last
+    `window`. Once per step and kind of window, not per layer: comparing is dearer than adding.
+    """
+    seen_BS = jnp.arange(columns) < length_B[:, None]
+    seen_I = jnp.arange(chunk) <= step
+    if window is not None:
+        age_BS = (length_B + step)[:, None] - jnp.arange(columns)
+        seen_BS, seen_I = seen_BS & (age_BS < window), seen_I & (step - jnp.arange(chunk) < window)
+    hide = lambda seen: jnp.where(seen, 0.0, -jnp.inf).astype(jnp.float32)
+    return hide(seen_BS), hide(seen_I)
+
+
 def attend(
     q_B1HC: Float[Array, "B 1 H C"],
     layer: Layer,
     buffer: Layer,
-    length_B: Int[Array, " B"],
-    step: Int[Array, ""],
-    window: int | None,
+    old_mask_BS: Float[Array, "B S"],
+    new_mask_I: Float[Array, " I"],
 ) -> Float[Array, "B 1 H C"]:
     """Attention of one new token per row over its cached tokens and the chunk's, itself included.
 
-    Row b sees columns below `length_B[b]` of the cache and columns up to `step` of the buffer, the
-    last `window` of them. Scores and softmax in float32.
+    The masks are those of `masks`. Scores and softmax in float32.
     """
     B, _, H, C = q_B1HC.shape
-    N, S, chunk = layer["k"].shape[1], layer["k"].shape[3], buffer["k"].shape[3]
+    N = layer["k"].shape[1]
     q_BNGC = (q_B1HC * C**-0.5).reshape(B, N, H // N, C)
 
     old = jnp.einsum("bngc,bncs->bngs", q_BNGC, layer["k"].astype(q_BNGC.dtype))
@@ -130,14 +145,7 @@ def attend(
     if "k_scale" in layer:
         old = old * layer["k_scale"][:, :, None]
     new = jnp.einsum("bngc,bncs->bngs", q_BNGC, buffer["k"]).astype(jnp.float32)
-
-    age_BS = (length_B + step)[:, None] - jnp.arange(S)  # 0 would be the token itself
-    age_I = step - jnp.arange(chunk)
-    old_seen_BS, new_seen_I = jnp.arange(S) < length_B[:, None], age_I >= 0
-    if window is not None:
-        old_seen_BS, new_seen_I = old_seen_BS & (age_BS < window), new_seen_I & (age_I < window)
-    old = jnp.where(old_seen_BS[:, None, None], old, -jnp.inf)
-    new = jnp.where(new_seen_I, new, -jnp.inf)
+    old, new = old + old_mask_BS[:, None, None], new + new_mask_I
 
     top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
     old, new = jnp.exp(old - top), jnp.exp(new - top)

@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from sdjax.models import decoder, lora
 from sdjax.models.config import ModelConfig
-from sdjax.parallel import replicated
+from sdjax.parallel import replicated, to_process
 from sdjax.records import Completion, Request
 from sdjax.rollout import cache as kv
 from sdjax.rollout import programs
@@ -95,6 +95,7 @@ class Engine:
         self._resize = jax.jit(bind(kv.resize), static_argnums=2, out_shardings=layer)
         self._empty = jax.jit(self._zeros, static_argnums=(0, 1), out_shardings=layer)
         self._prepare = jax.jit(self._unstack, out_shardings=self._weight_shardings())
+        self._merge = jax.jit(self._merge_and_cast)
         self._stats: dict[str, float] = collections.defaultdict(float)
 
     # ------------------------------------------------------------------ weights and compilation
@@ -106,6 +107,8 @@ class Engine:
         """
         if isinstance(params, Prepared):
             return params
+        if jax.process_count() > 1:  # global arrays: every process takes a copy to its own devices
+            params = to_process(self._merge(params), self._stacked_specs(), self.mesh)
         with jax.set_mesh(self.mesh):
             return Prepared(self._prepare(params))
 
@@ -158,11 +161,19 @@ class Engine:
             log.info("rollout compiled %s (no. %d) in %.1f s", name, self.compilations, seconds)
         return out
 
-    def _unstack(self, params: Params) -> Params:
+    def _merge_and_cast(self, params: Params) -> Params:
         if self.model_cfg.lora is not None:
             params = lora.merge(params, self.model_cfg)
-        params = jax.tree.map(lambda leaf: leaf.astype(self.cfg.compute_dtype), params)
-        return decoder.unstack_layers(params, self.static.model)
+        return jax.tree.map(lambda leaf: leaf.astype(self.cfg.compute_dtype), params)
+
+    def _unstack(self, params: Params) -> Params:
+        return decoder.unstack_layers(self._merge_and_cast(params), self.static.model)
+
+    def _stacked_specs(self) -> Params:
+        """PartitionSpecs of the stacked parameters on this engine's mesh."""
+        specs = decoder.param_specs(self.static.model)
+        place = lambda s: self.buckets.weight_sharding(self.mesh, s.letters).spec
+        return jax.tree.map(place, specs, is_leaf=decoder.is_spec)
 
     def _weight_shardings(self) -> Params:
         """Rules of the parameters, whole over fsdp: a decode step must not gather its weights."""

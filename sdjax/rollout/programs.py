@@ -165,11 +165,16 @@ def decode(
 def _next_logits(params, layers, loop: _Loop, length_B, static: Static):
     """Logits of the token after `loop.token_B`, and the buffers with that token in them."""
 
+    columns = layers[0]["k"].shape[3]
+    masks = {
+        window: kv.masks(length_B, loop.step, columns, static.chunk, window)
+        for window in set(static.model.windows)
+    }
+
     def attend(q_B1HC, k_B1NC, v_B1NC, state, window):
         layer, buffer = state
         buffer = kv.remember(buffer, k_B1NC, v_B1NC, loop.step)
-        out = kv.attend(q_B1HC, layer, buffer, length_B, loop.step, window)
-        return out, buffer
+        return kv.attend(q_B1HC, layer, buffer, *masks[window]), buffer
 
     hidden_B1D, buffers = decoder.forward(
         params,
