@@ -105,7 +105,8 @@ def process_copies_mesh(local_mesh: Mesh) -> Mesh:
             f"{jax.device_count()} devices do not split evenly over {count} processes, so rollouts "
             "cannot run in each: use hosts with the same number of devices"
         )
-    grid = np.asarray(jax.devices(), dtype=object).reshape(count, *shape)
+    by_process = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    grid = np.asarray(by_process, dtype=object).reshape(count, *shape)
     return Mesh(grid, ("process", *MESH_AXES), axis_types=(AxisType.Auto,) * (len(shape) + 1))
 
 
