@@ -97,7 +97,7 @@ TRAINING = (
     ("distill/divergence", "divergence from the teacher (nats per token)", 4),
     ("student/entropy", "entropy of the student (nats per token)", 3),
     ("teacher/entropy", "entropy of the teacher (nats per token)", 3),
-    ("loss/kl_to_initial", "KL to the initial policy (nats per token)", 4),
+    ("policy/kl_initial", "KL to the initial policy (nats per token)", 4),
     ("drift/prob_error", "sampler-trainer probability error (1 is none)", 4),
     ("optim/grad_norm", "gradient norm", 4),
 )
