@@ -14,6 +14,7 @@ import numpy as np
 
 from sdjax.data import hub
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 Messages = Sequence[Mapping[str, str]]
 
 
@@ -24,8 +25,12 @@ def load_tokenizer(path: str) -> Any:
     import transformers
 
     folder = hub.resolve(path)
+    local = hub.local_tokenizer_folder(folder)
     try:
-        return transformers.AutoTokenizer.from_pretrained(hub.local_tokenizer_folder(folder))
+        # Without this check transformers makes an empty tokenizer up from config.json alone.
+        if not any(os.path.exists(os.path.join(local, name)) for name in VOCABULARIES):
+            raise OSError(f"there is none of {', '.join(VOCABULARIES)}")
+        return transformers.AutoTokenizer.from_pretrained(local)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"model.path={path!r}: no tokenizer could be read from {folder} "

@@ -306,10 +306,14 @@ def _in_file_order(cfg: ModelConfig) -> Iterator[tuple[Leaf, int, str]]:
 def _fetch(leaf: Leaf, i: int, params: Params, dtype: np.dtype) -> np.ndarray:
     """One tensor on the host, in the file's layout; gathers it when its shards are spread."""
     array = functools.reduce(lambda tree, key: tree[key], leaf.path, params)
-    array = array[i] if leaf.stacked else array
+    return leaf.to_stored(fetch(array[i] if leaf.stacked else array)).astype(dtype)
+
+
+def fetch(array: jax.Array) -> np.ndarray:
+    """A whole array on the host of every process; collective when its shards are on several."""
     if not array.is_fully_addressable:
         array = multihost_utils.process_allgather(array, tiled=True)
-    return leaf.to_stored(np.asarray(array)).astype(dtype)
+    return np.asarray(array)
 
 
 def _generation(cfg: ModelConfig, given: Mapping[str, Any] | None) -> dict[str, Any]:
