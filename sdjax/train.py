@@ -141,6 +141,8 @@ def train_batch(
     }
     if c.log.text_every and step % c.log.text_every == 0:
         _log_texts(writer, step, rollouts[: c.log.text_samples], contexts)
+    if jax.process_count() > 1:
+        metrics = distributed.merge_metrics(metrics, ("verifier/",), ("memory/", "time/"))
     return state, metrics
 
 

@@ -33,6 +33,7 @@ from sdjax.distributed.collectives import (
     broadcast,
     check_same,
     global_batch,
+    merge_metrics,
 )
 from sdjax.distributed.rollcall import EXIT_PEER_LOST, Watch, roll_call, say
 from sdjax.distributed.stop import StopSignal
@@ -52,6 +53,7 @@ __all__ = [
     "fingerprint",
     "global_batch",
     "initialize",
+    "merge_metrics",
     "session",
 ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Sequence
+import math
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,25 +22,48 @@ def allgather_host(values: Any) -> np.ndarray:
 
 
 def allgather_objects(value: Any) -> list[Any]:
-    """Every process's picklable value, in the order of the processes; sizes may differ."""
+    """Every process's JSON value, in the order of the processes; sizes may differ."""
     if jax.process_count() == 1:
         return [value]
-    payload = np.frombuffer(pickle.dumps(value), np.uint8)
+    payload = np.frombuffer(json.dumps(value).encode(), np.uint8)
     sizes = allgather_host(np.int64(payload.size).astype(np.int32))
     padded = np.zeros(int(sizes.max()), np.uint8)
     padded[: payload.size] = payload
     rows = allgather_host(padded)
-    return [pickle.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
 
 def broadcast(value: Any) -> Any:
-    """Process 0's picklable value, in every process."""
+    """Process 0's JSON value, in every process."""
     return allgather_objects(value if jax.process_index() == 0 else None)[0]
 
 
 def agree_max(values: Sequence[int]) -> list[int]:
     """Elementwise maximum over the processes: for shapes that all must share."""
     return [int(v) for v in allgather_host(np.asarray(values, np.int32)).max(axis=0)]
+
+
+def merge_metrics(
+    metrics: Mapping[str, float], summed: tuple[str, ...] = (), largest: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """One dict from each process's: means, but sums and maxima of names with these prefixes.
+
+    A name that some processes lack is merged over those that have it. What is already the same
+    everywhere stays exactly as it is.
+    """
+    everyone = allgather_objects(dict(metrics))
+    out = {}
+    for name in sorted({name for one in everyone for name in one}):
+        values = [one[name] for one in everyone if name in one]
+        if name.startswith(summed):
+            out[name] = sum(values)
+        elif name.startswith(largest):
+            out[name] = max(values)
+        elif all(value == values[0] for value in values):
+            out[name] = values[0]
+        else:
+            out[name] = float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
+    return out
 
 
 def global_batch(tree: Any, shardings: Any) -> Any:

@@ -40,6 +40,12 @@ def exchange() -> None:
     assert objects == ["x" * i for i in range(count)], objects
     assert distributed.broadcast({"from": index}) == {"from": 0}
     assert distributed.agree_max([index, -index]) == [count - 1, 0]
+    mine = {"count/a": 1.0, "top/b": float(index), "c": float(index), "d": 7.0}
+    mine |= {"only": 5.0} if index else {}
+    merged = distributed.merge_metrics(mine, summed=("count/",), largest=("top/",))
+    mean = (count - 1) / 2
+    expected = {"count/a": count, "top/b": count - 1, "c": mean, "d": 7.0, "only": 5.0}
+    assert merged == expected, merged
     mesh = jax.make_mesh((count,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.P("data"))
     batch = distributed.global_batch({"a": jax.numpy.full((2, 3), float(index))}, rows)
