@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sdjax import distributed
 from sdjax.analysis import epistemic
 from sdjax.records import Rollout
 
@@ -187,31 +188,52 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """Reward, length, truncation and epistemic words of a batch of rollouts.
+    """Reward, length, truncation and epistemic words of a batch, over all processes' rollouts.
 
     `reward/group_solved_frac` is the fraction of groups with a correct response,
     `reward/group_mixed_frac` that of groups with both kinds, the only ones GRPO learns from.
-    Raises ValueError on an empty batch.
+    Every process must call it. Raises ValueError on an empty batch.
     """
-    if not rollouts:
+    rows = [row for part in distributed.allgather_objects(_measure(rollouts)) for row in part]
+    if not rows:
         raise ValueError("no rollouts to measure: the batch is empty")
-    rewards = np.array([rollout.verdict.reward for rollout in rollouts])
-    lengths = np.array([len(rollout.response_tokens) for rollout in rollouts])
-    groups: dict[int, list[float]] = {}
-    for rollout, reward in zip(rollouts, rewards, strict=True):
-        groups.setdefault(rollout.group, []).append(reward)
-    solved = np.array([max(group) > 0 for group in groups.values()])
-    failed = np.array([min(group) <= 0 for group in groups.values()])
-    words = epistemic.summary([rollout.text for rollout in rollouts], lengths.tolist())
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/group_solved_frac": float(solved.mean()),
-        "reward/group_mixed_frac": float((solved & failed).mean()),
-        "rollout/response_len_mean": float(lengths.mean()),
-        "rollout/response_len_p95": float(np.percentile(lengths, 95)),
-        "rollout/response_len_max": float(lengths.max()),
-        "rollout/truncated_frac": float(np.mean([rollout.truncated for rollout in rollouts])),
-    } | {f"epistemic/{name}": value for name, value in words.items()}
+    groups, rewards, lengths, truncated, bounded, *words = np.array(rows, np.float64).T
+    totals = np.sum(words, axis=0)
+    solved = np.array([rewards[groups == g].max() > 0 for g in np.unique(groups)])
+    failed = np.array([rewards[groups == g].min() <= 0 for g in np.unique(groups)])
+    out = {
+        "reward/mean": rewards.mean(),
+        "reward/group_solved_frac": solved.mean(),
+        "reward/group_mixed_frac": (solved & failed).mean(),
+        "rollout/response_len_mean": lengths.mean(),
+        "rollout/response_len_p95": np.percentile(lengths, 95),
+        "rollout/response_len_max": lengths.max(),
+        "rollout/truncated_frac": truncated.mean(),
+        "epistemic/per_response": totals.mean(),
+        "epistemic/per_1k_tokens": epistemic.per_1000_tokens(totals.sum(), lengths.sum()),
+        "epistemic/bounded_per_response": bounded.mean(),
+    }
+    for word, counts in zip(epistemic.WORDS, words, strict=True):
+        out[f"epistemic/{word}"] = counts.mean()
+    return {name: float(value) for name, value in out.items()}
+
+
+def _measure(rollouts: Sequence[Rollout]) -> list[tuple[float, ...]]:
+    """Group, reward, length, truncation, whole words and each word's count of each rollout."""
+    rows = []
+    for rollout in rollouts:
+        counts = epistemic.count(rollout.text)
+        rows.append(
+            (
+                rollout.group,
+                rollout.verdict.reward,
+                len(rollout.response_tokens),
+                rollout.truncated,
+                epistemic.total(epistemic.count_bounded(rollout.text)),
+                *(counts[word] for word in epistemic.WORDS),
+            )
+        )
+    return rows
 
 
 def _open_trimmed(path: pathlib.Path, resume_step: int | None):

@@ -178,6 +178,16 @@ def test_rollout_metrics_by_hand():
         metrics.rollout_metrics([])
 
 
+def test_rollouts_of_all_processes_count(monkeypatch):
+    """Catches the numbers of process 0 reported as those of the batch."""
+    own = [rollout(0, True, "", 10), rollout(0, False, "", 30)]
+    others = metrics._measure([rollout(1, False, "wait", 20), rollout(1, False, "wait", 20)])
+    monkeypatch.setattr(metrics.distributed, "allgather_objects", lambda rows: [rows, others])
+    values = metrics.rollout_metrics(own)
+    assert values["reward/mean"] == 0.25 and values["reward/group_solved_frac"] == 0.5
+    assert values["rollout/response_len_mean"] == 20 and values["epistemic/wait"] == 0.5
+
+
 class Clock:
     def __init__(self):
         self.now = 0.0

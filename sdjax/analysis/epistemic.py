@@ -8,7 +8,7 @@ lengths.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import nan
 
 WORDS = (
@@ -55,25 +55,3 @@ def per_1000_tokens(num_words: float, num_tokens: float) -> float:
     Reported beside the count per response because count and length fall together.
     """
     return 1000.0 * num_words / num_tokens if num_tokens > 0 else nan
-
-
-def summary(texts: Sequence[str], lengths: Sequence[int]) -> dict[str, float]:
-    """Means over responses, under names without an area; `lengths` are in tokens.
-
-    `per_response` and one entry per word are means per response; `per_1k_tokens` divides the sum of
-    all words by the sum of all tokens; `bounded_per_response` is the whole-word count. Empty input
-    gives NaN.
-    """
-    if len(texts) != len(lengths):
-        raise ValueError(f"{len(texts)} texts but {len(lengths)} lengths")
-    n = len(texts)
-    if n == 0:
-        return dict.fromkeys(("per_response", "per_1k_tokens", "bounded_per_response", *WORDS), nan)
-    counts = [count(text) for text in texts]
-    words = {word: sum(one[word] for one in counts) for word in WORDS}
-    bounded = sum(total(count_bounded(text)) for text in texts)
-    return {
-        "per_response": total(words) / n,
-        "per_1k_tokens": per_1000_tokens(total(words), sum(lengths)),
-        "bounded_per_response": bounded / n,
-    } | {word: words[word] / n for word in WORDS}

@@ -106,7 +106,7 @@ TRAINING = (
 def _training_table(run: Run, window: int = 5) -> str:
     """Means over the first and last few steps of what the training batches measured."""
     rows = [row for row in run.rows if "reward/mean" in row]
-    window = min(window, len(rows))
+    window = max(1, min(window, len(rows) // 2))
     table = []
     for key, title, digits in TRAINING:
         if not any(key in row for row in rows):

@@ -25,15 +25,6 @@ def test_substrings_count_and_whole_words_do_not():
     assert epistemic.total(bounded) == 3
 
 
-def test_summary_weighs_the_rate_by_tokens():
-    """Catches a mean of per-response rates in place of words over tokens."""
-    out = epistemic.summary(["wait wait", "x"], [10, 90])
-    assert out["per_response"] == 1.0 and out["wait"] == 1.0 and out["hmm"] == 0.0
-    assert out["per_1k_tokens"] == pytest.approx(20.0)
-
-
-def test_empty_input_is_nan_and_a_mismatch_an_error():
-    assert math.isnan(epistemic.summary([], [])["per_response"])
+def test_words_per_1000_tokens():
+    assert epistemic.per_1000_tokens(2, 100) == pytest.approx(20.0)
     assert math.isnan(epistemic.per_1000_tokens(3, 0))
-    with pytest.raises(ValueError, match="1 texts but 2 lengths"):
-        epistemic.summary(["a"], [1, 2])
