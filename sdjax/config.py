@@ -126,6 +126,8 @@ def _rollout() -> ConfigDict:
     r.slots = 64  # responses decoded at the same time over all devices
     r.chunk = 32  # decode steps per call from the host
     r.cache_dtype = "auto"  # KV cache: auto = compute dtype, float32, bfloat16, int8
+    r.first_length = 128  # columns of the KV cache at first; it doubles while rows grow longer
+    r.row_halvings = 3  # how often the slots may be halved at the end, when nothing waits
     return r
 
 
@@ -283,16 +285,20 @@ def _sft() -> ConfigDict:
 
 def _generate() -> ConfigDict:
     g = ConfigDict()
+    g.prompt = ""  # the user's turn to answer; empty = read lines from the terminal
+    g.n = 1  # responses per prompt; a single one is streamed
     return g
 
 
 def _analysis() -> ConfigDict:
     a = ConfigDict()
-    a.kind = "report"  # what mode=analyze writes: report, compare, word_shift or judge
+    a.kind = "report"  # what mode=analyze writes: report, compare, word_shift, token_kl, judge
     a.workdirs = ()  # runs that compare puts side by side; seeds of a method are averaged
     a.base = ""  # responses (JSON lines with "response") of the base model, for word_shift
     a.responses = ()  # files of responses: word_shift's models, or those that judge reads
     a.min_count = 5  # words rarer than this in the base responses are left out of word_shift [o]
+    a.problems = 32  # groups that token_kl samples from the training data
+    a.min_tokens = 50  # token_kl leaves out surface forms that occur less often [o]
     a.judge_replies = ""  # a judge's replies (JSON lines); empty = only write the prompts
     return a
 
@@ -358,7 +364,7 @@ CHOICES: Mapping[str, tuple] = {
     "optimizer.schedule": ("constant", "cosine", "linear"),
     "optimizer.state_dtype": ("float32", "bfloat16"),
     "eval.preset": ("", "paper", "thinking", "non_thinking"),
-    "analysis.kind": ("report", "compare", "word_shift", "judge"),
+    "analysis.kind": ("report", "compare", "word_shift", "token_kl", "judge"),
     "sft.init": ("model", "scratch"),
     "sft.source": ("reasoner", "jsonl"),
     "checkpoint.export_dtype": ("float32", "bfloat16", "float16"),
@@ -381,6 +387,7 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "sampling.max_new_tokens": (1, math.inf),
     "rollout.slots": (1, math.inf),
     "rollout.chunk": (1, math.inf),
+    "generate.n": (1, math.inf),
     "reward.workers": (1, 1024),
     "reward.deadline_s": (0.01, math.inf),
     "objective.alpha": (0, 1),
@@ -413,6 +420,8 @@ RANGES: Mapping[str, tuple[float, float]] = {
     "eval.problems": (1, math.inf),
     "eval.max_new_tokens": (1, math.inf),
     "analysis.min_count": (1, math.inf),
+    "analysis.problems": (1, math.inf),
+    "analysis.min_tokens": (1, math.inf),
     "checkpoint.every": (1, math.inf),
     "checkpoint.keep": (1, math.inf),
     "log.text_every": (0, math.inf),

@@ -65,6 +65,8 @@ class EngineConfig:
             compute_dtype=compute,
             cache_dtype=c.rollout.cache_dtype,
             on_long_prompt=c.data.on_long_prompt,
+            first_length=c.rollout.first_length,
+            row_halvings=c.rollout.row_halvings,
         )
 
     @property

@@ -29,7 +29,7 @@ from sdjax.models.config import ModelConfig
 from sdjax.parallel import replicated, to_process
 from sdjax.records import Completion, Request
 from sdjax.rollout import cache as kv
-from sdjax.rollout import programs
+from sdjax.rollout import memory, programs
 from sdjax.rollout.buckets import EngineConfig
 from sdjax.rollout.table import Response, Table
 from sdjax.types import Params
@@ -71,6 +71,7 @@ class Engine:
         self.model_cfg, self.cfg, self.mesh = model_cfg, engine_cfg, mesh
         self.pad_id = pad_id
         self.ends = frozenset(int(t) for t in end_token_ids)
+        memory.check(model_cfg, engine_cfg, mesh)
         self.buckets = engine_cfg.buckets(mesh.shape["data"] * mesh.shape["fsdp"])
         self.spec = kv.CacheSpec.of(model_cfg, engine_cfg.cache_dtype_name)
         self.static = programs.Static(
