@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from sdjax.data import chat
 from sdjax.data.benchmarks import SOURCES, source_of_path
-from sdjax.data.golds import GoldCheck, check_golds, reasons
+from sdjax.data.golds import GoldCheck, check_golds, kinds
 from sdjax.data.overlap import Overlap, find_overlap
 from sdjax.data.problems import GENERIC, DataConfig, LoadReport, load_report, load_set
 from sdjax.rewards import RewardConfig, VerifierPool
@@ -43,7 +43,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     target.write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     print(as_text(summary))
     print(f"written to {target}")
-    if summary["verified"] < summary["problems"] or summary["bad_rows"]:
+    if summary["passed"] < summary["problems"] or summary["bad_rows"]:
         raise SystemExit(1)
 
 
@@ -71,12 +71,10 @@ def as_json(
         "duplicates": report.duplicates,
         "too_long": report.too_long,
         "problems": len(checks),
-        "verified": sum(c.verified for c in checks),
-        "understood": sum(c.understood for c in checks),
-        "reasons": reasons(checks),
+        "passed": sum(c.passed for c in checks),
+        "kinds": kinds(checks),
         "bad_rows": [{"row": b.index, "reason": b.reason} for b in report.bad_rows],
-        "failing": [_entry(c) for c in checks if not c.verified],
-        "text_only": [_entry(c) for c in checks if c.verified and not c.understood],
+        "failing": [_entry(c) for c in checks if not c.passed],
         "overlap": {
             name: {"exact": len(o.exact), "near": len(o.near), "pairs": _pairs(report, o)}
             for name, o in overlaps.items()
@@ -90,26 +88,22 @@ def as_text(summary: dict) -> str:
         f"{summary['origin']}  (reward {summary['reward']})",
         f"  rows {summary['rows']}, bad {len(summary['bad_rows'])}, duplicates "
         f"{summary['duplicates']}, too long {summary['too_long']}, problems {summary['problems']}",
-        f"  golds verified against themselves: {_share(summary, 'verified')}",
-        f"  golds understood beyond their text: {_share(summary, 'understood')}",
+        f"  golds read and verified against themselves: {summary['passed']} of "
+        f"{summary['problems']} ({summary['passed'] / summary['problems']:.1%}): "
+        + ", ".join(f"{kind} {count}" for kind, count in summary["kinds"].items()),
     ]
     for name, found in summary["overlap"].items():
         lines.append(f"  overlap with {name}: {found['exact']} exact, {found['near']} near")
     for bad in summary["bad_rows"][:SHOWN]:
         lines.append(f"  bad row {bad['row']}: {bad['reason']}")
-    for word in ("failing", "text_only"):
-        for entry in summary[word][:SHOWN]:
-            lines.append(
-                f"  {word.replace('_', ' ')}: row {entry['row']} id {entry['id']}: "
-                f"{entry['gold'][:80]!r} ({entry['reason']})"
-            )
-        if len(summary[word]) > SHOWN:
-            lines.append(f"  ... and {len(summary[word]) - SHOWN} more {word.replace('_', ' ')}")
+    for entry in summary["failing"][:SHOWN]:
+        lines.append(
+            f"  failing: row {entry['row']} id {entry['id']}: {entry['gold'][:80]!r} "
+            f"({entry['reason']})"
+        )
+    if len(summary["failing"]) > SHOWN:
+        lines.append(f"  ... and {len(summary['failing']) - SHOWN} more failing golds")
     return "\n".join(lines)
-
-
-def _share(summary: dict, name: str) -> str:
-    return f"{summary[name]} of {summary['problems']} ({summary[name] / summary['problems']:.1%})"
 
 
 def _entry(check: GoldCheck) -> dict:
@@ -118,7 +112,7 @@ def _entry(check: GoldCheck) -> dict:
         "row": problem.meta.get("row"),
         "id": problem.id,
         "gold": problem.answer,
-        "reason": check.reason,
+        "reason": check.kind,
     }
 
 

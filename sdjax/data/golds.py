@@ -1,8 +1,8 @@
 r"""Are the golds fit to be rewarded? Each is shown to its own verifier, once, when data is loaded.
 
-A gold passes when a response that gives exactly it is judged correct. For mathematics a second,
-dressed-up response tells whether the gold is also understood, or would only ever match by its very
-characters ("text only"): such a gold rewards nobody who writes the same number differently.
+A gold passes when a response that gives exactly it is judged correct and, for mathematics, when it
+can be read: as a number, an expression, or words. An unreadable or undefined gold (`\frac{1}{0}`)
+would only ever match by its very characters, so it fails.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ from sdjax.records import Problem
 from sdjax.rewards import VerifierPool
 from sdjax.rewards.code import read_tests
 
-MATH_REWARDS = ("math", "sdpo_released")
+MATH_REWARDS = ("math", "sdpo_released", "answer_line")
 
 
 @dataclasses.dataclass(frozen=True)
 class GoldCheck:
-    """What the verifier says of one gold: as itself, and (mathematics) the same in other dress."""
+    """What the verifier says of one gold. `kind` is what it was read as, or why it fails."""
 
     problem: Problem
-    verified: bool
-    understood: bool
-    reason: str
+    passed: bool
+    kind: str
 
 
 def as_response(gold: str, reward: str) -> str | None:
@@ -51,29 +50,35 @@ def as_response(gold: str, reward: str) -> str | None:
 
 
 def check_golds(problems: Sequence[Problem], pool: VerifierPool, reward: str) -> list[GoldCheck]:
-    """One GoldCheck per problem, in order."""
+    """One GoldCheck per problem, in order; `pool` is one of `reward`."""
     if reward == "code":
         return [_tests_present(problem) for problem in problems]
-    responses = [as_response(problem.answer, reward) for problem in problems]
     golds = [problem.answer for problem in problems]
-    verdicts = pool.score(responses, golds)
-    dressed = verdicts
-    if reward in MATH_REWARDS:
-        dressed = pool.score([f"\\boxed{{\\displaystyle {gold}}}" for gold in golds], golds)
+    itself = pool.score([as_response(gold, reward) for gold in golds], golds)
+    read = _read_all(golds) if reward in MATH_REWARDS else itself
     return [
-        GoldCheck(problem, plain.correct, other.correct, plain.reason)
-        for problem, plain, other in zip(problems, verdicts, dressed, strict=True)
+        GoldCheck(p, a.correct and b.correct, b.reason if a.correct else a.reason)
+        for p, a, b in zip(problems, itself, read, strict=True)
     ]
 
 
-def reasons(checks: Sequence[GoldCheck]) -> dict[str, int]:
-    """How often each reason was given for the golds that fail."""
-    return dict(collections.Counter(c.reason for c in checks if not c.verified))
+def kinds(checks: Sequence[GoldCheck]) -> dict[str, int]:
+    """How many golds are of each kind, or fail for each reason."""
+    return dict(collections.Counter(c.kind for c in checks).most_common())
+
+
+def _read_all(golds: Sequence[str]) -> list:
+    """What mathematics makes of each gold; plain numbers need no worker process."""
+    reader = VerifierPool(workers=1, reward="gold")
+    try:
+        return reader.score(list(golds), list(golds))
+    finally:
+        reader.close()
 
 
 def _tests_present(problem: Problem) -> GoldCheck:
     try:
         read_tests(problem.answer)
     except (ValueError, KeyError, TypeError, AttributeError):
-        return GoldCheck(problem, False, False, "unreadable_gold")
-    return GoldCheck(problem, True, True, "tests")
+        return GoldCheck(problem, False, "unreadable_gold")
+    return GoldCheck(problem, True, "tests")

@@ -70,10 +70,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoadReport:
-    """What a source gave: its problems, the rows that are none, and counts of what was removed.
-
-    `text_only` are ids of problems whose gold the verifier matches by its characters alone.
-    """
+    """What a source gave: its problems, the rows that are none, and counts of what was removed."""
 
     problems: list[Problem]
     rows: int
@@ -81,7 +78,6 @@ class LoadReport:
     duplicates: int
     too_long: int
     origin: str
-    text_only: list[str] = dataclasses.field(default_factory=list)
 
     def summary(self) -> str:
         """One line for the log."""
@@ -100,7 +96,7 @@ def load_problems(data_config, tokenizer=None, pool=None, reward: str = "math") 
     """The problems of config.data (a section of the config or a DataConfig), in the file's order.
 
     With a tokenizer, prompts over max_prompt_len are left out (on_long_prompt="drop"); with a
-    VerifierPool, so are golds that do not verify against themselves. Logs counts and reasons.
+    VerifierPool, so are golds that fail (`sdjax.data.golds`). Logs counts and reasons.
     Raises ValueError or FileNotFoundError in one sentence where there is nothing to use.
     """
     report = load_report(data_config, tokenizer, pool, reward)
@@ -109,14 +105,6 @@ def load_problems(data_config, tokenizer=None, pool=None, reward: str = "math") 
         log.warning("row %d of %s skipped: %s", bad.index, report.origin, bad.reason)
     if len(report.bad_rows) > SHOWN:
         log.warning("... and %d more bad rows", len(report.bad_rows) - SHOWN)
-    if report.text_only:
-        log.warning(
-            "%d golds of %s match by their very text only, such as those of %s: "
-            "--config=configs/check_rewards.py lists them",
-            len(report.text_only),
-            report.origin,
-            ", ".join(report.text_only[:SHOWN]),
-        )
     return report.problems
 
 
@@ -186,7 +174,7 @@ def load_report(data_config, tokenizer=None, pool=None, reward: str = "math") ->
     rows, origin = _rows(cfg, source, split)
     count, duplicates, problems, bad = _read(rows, cfg, source)
     short = [p for p in problems if _fits(p, cfg, tokenizer)]
-    kept, bad_golds, text_only = _with_good_golds(short[: cfg.limit], pool, reward)
+    kept, bad_golds = _with_good_golds(short[: cfg.limit], pool, reward)
     bad = sorted([*bad, *bad_golds], key=lambda row: row.index)
     if bad and cfg.on_bad_row == "refuse":
         raise ValueError(
@@ -197,23 +185,22 @@ def load_report(data_config, tokenizer=None, pool=None, reward: str = "math") ->
         why = f"; row {bad[0].index}: {bad[0].reason}" if bad else ""
         raise ValueError(f"{origin} gives no usable problem out of {count} rows{why}")
     too_long = len(problems) - len(short)
-    return LoadReport(kept, count, bad, duplicates, too_long, origin, text_only)
+    return LoadReport(kept, count, bad, duplicates, too_long, origin)
 
 
 def _with_good_golds(
     problems: list[Problem], pool, reward: str
-) -> tuple[list[Problem], list[BadRow], list[str]]:
-    """Problems whose gold verifies against itself, the others as bad rows, text-only golds."""
+) -> tuple[list[Problem], list[BadRow]]:
+    """Problems whose gold passes, and the others as bad rows."""
     if pool is None:
-        return problems, [], []
+        return problems, []
     checks = check_golds(problems, pool, reward)
     bad = [
-        BadRow(c.problem.meta["row"], f"the gold {c.problem.answer[:60]!r} fails: {c.reason}")
+        BadRow(c.problem.meta["row"], f"the gold {c.problem.answer[:60]!r} fails: {c.kind}")
         for c in checks
-        if not c.verified
+        if not c.passed
     ]
-    text_only = [c.problem.id for c in checks if c.verified and not c.understood]
-    return [c.problem for c in checks if c.verified], bad, text_only
+    return [c.problem for c in checks if c.passed], bad
 
 
 def _as_config(data_config) -> DataConfig:
