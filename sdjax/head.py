@@ -20,7 +20,7 @@ from sdjax.objectives.objective import Knobs, ObjectiveConfig, Slots, token_loss
 from sdjax.parallel import constrain
 from sdjax.types import Array
 
-CHUNK_BYTES = 64 * 2**20  # float32 logits of one chunk on the CPU, where small chunks are no slower
+CHUNK_BYTES = 160 * 2**20  # float32 logits of one chunk on the CPU: 256 tokens of 152k entries
 CHUNK_BYTES_ACCELERATOR = 512 * 2**20  # larger matrix products keep the units busy
 MIN_SLOTS = 8
 
@@ -40,12 +40,23 @@ class TeacherHead:
     mix: Array | float = 0.0
 
 
-def chunk_size(rows: int, slots: int, vocab: int, chunk: int = 0) -> int:
-    """Slots per row and chunk: `chunk` when given, else what fits the memory target."""
+def chunk_size(rows: int, slots: int, vocab: int, chunk: int = 0, target: int = 0) -> int:
+    """Slots per row and chunk: `chunk` when given, else what fits the memory target.
+
+    `target` is in bytes per device (0: the default backend's). Each chunk reads the whole head
+    weight, so it should be as large as one device's share of rows and vocabulary allows.
+    """
     if not chunk:
-        target = CHUNK_BYTES if jax.default_backend() == "cpu" else CHUNK_BYTES_ACCELERATOR
+        mesh = jax.sharding.get_abstract_mesh()
+        if not mesh.empty:
+            rows = max(1, rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+            vocab = max(1, vocab // mesh.shape["tensor"])
+        on_cpu = jax.default_backend() == "cpu"
+        target = target or (CHUNK_BYTES if on_cpu else CHUNK_BYTES_ACCELERATOR)
         chunk = max(MIN_SLOTS, target // (4 * vocab * rows) // MIN_SLOTS * MIN_SLOTS)
-    return max(1, min(chunk, slots))
+    chunk = max(1, min(chunk, slots))
+    even = -(-slots // -(-slots // chunk))  # equal chunks, so that the last one is not mostly empty
+    return min(slots, -(-even // MIN_SLOTS) * MIN_SLOTS)
 
 
 def project(hidden_BRD: Array, weight_VD: Array) -> Array:

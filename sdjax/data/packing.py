@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 ROW_FRACTIONS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # of the longest row, as buckets
-TEACHER_RATIOS = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # teacher row / student row
+TEACHER_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # teacher row / student row
 SLOT_FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # response slots / student row
 KEEP_BUCKET = 1.15  # a known bucket is reused while it costs at most so many times the best one
 ALIGN = 64  # row lengths are multiples of it (of 8 when shorter), for attention blocks
