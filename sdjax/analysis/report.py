@@ -173,11 +173,18 @@ def run(c: ConfigDict, workdir: str) -> None:
     """mode='analyze': writes what config.analysis.kind names into the workdir and says where."""
     kinds = {"report": lambda: write_report(workdir), "compare": lambda: _compare(c, workdir)}
     kinds |= {"word_shift": lambda: _word_shift(c, workdir), "judge": lambda: _judge(c, workdir)}
+    kinds |= {"token_kl": lambda: _token_kl(c, workdir)}
     LOG.info("wrote %s", kinds[c.analysis.kind]())
 
 
 def _compare(c: ConfigDict, workdir: str) -> epath.Path:
     return compare(c.analysis.workdirs, workdir)
+
+
+def _token_kl(c: ConfigDict, workdir: str) -> epath.Path:
+    from sdjax.analysis import token_study  # the only kind that needs a model
+
+    return token_study.run(c, workdir)
 
 
 def _word_shift(c: ConfigDict, workdir: str) -> epath.Path:

@@ -4,8 +4,10 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 
-from sdjax.analysis import judge, token_kl, word_shift
+from sdjax.analysis import judge, token_kl, token_study, word_shift
+from sdjax.metrics import read_rows
 
 
 def test_word_shift_is_the_change_in_occurrences_per_response():
@@ -67,6 +69,16 @@ def test_coloured_text_escapes_html_and_keeps_the_text():
     text = token_kl.coloured_html(["<think>", "\n", " wait"], [0.0, 0.5, 2.0], top=1.0)
     assert "&lt;think&gt;" in text and "<think>" not in text and "↵<br>" in text
     assert 'title="2.0000" style="background: rgba(230, 159, 0, 1.00)"> wait' in text
+
+
+def test_token_study_files(tmp_path):
+    row = {"problem": "<p>", "index": 0, "correct": True, "context": "demonstration"}
+    rows = [row | {"tokens": [" wait", "\n"], "divergence": [0.3, 0.1]}]
+    path = token_study._write(epath.Path(tmp_path), rows, 4, min_tokens=1)
+    assert "2 tokens of 1 responses (4 sampled" in path.read_text()
+    assert "`' wait'` |     1 |                 0.3000 |" in path.read_text()
+    assert read_rows(tmp_path / "token_kl.jsonl") == rows
+    assert "<p>&lt;p&gt;, response 0, right</p>" in (tmp_path / "token_kl.html").read_text()
 
 
 @pytest.mark.parametrize(
