@@ -101,7 +101,8 @@ class VerifierPool:
             found = self._reward.judge(found, gold, self.config)
         if isinstance(found, Verdict):
             with self._lock:
-                self._count(found, "direct")
+                self._counts["direct"] += 1
+                self._count(found)
             future.set_result(found)
             return future
         self._enqueue(found, gold, future)
@@ -115,7 +116,11 @@ class VerifierPool:
         return [future.result() for future in futures]
 
     def stats(self) -> dict[str, int]:
-        """Counts since the start: direct, judged, cache_hits, timeout, crash, error, reasons."""
+        """Counts since the start.
+
+        direct (no worker needed), judged (tasks of workers), cache_hits, correct, timeout, crash,
+        error, and reason/... of every verdict given.
+        """
         with self._lock:
             return dict(self._counts)
 
@@ -138,7 +143,8 @@ class VerifierPool:
         with self._lock:
             if (verdict := self._cache.get(key)) is not None:
                 self._cache.move_to_end(key)
-                self._count(verdict, "cache_hits")
+                self._counts["cache_hits"] += 1
+                self._count(verdict)
             elif (task := self._in_flight.get(key)) is not None:
                 task.futures.append(future)
                 self._counts["cache_hits"] += 1
@@ -157,8 +163,7 @@ class VerifierPool:
         except BlockingIOError:
             pass  # the pipe is full: the manager is awake anyway
 
-    def _count(self, verdict: Verdict, how: str) -> None:
-        self._counts[how] += 1
+    def _count(self, verdict: Verdict) -> None:
         self._counts["correct"] += verdict.correct
         self._counts["reason/" + verdict.reason] += 1
 
@@ -298,8 +303,10 @@ class VerifierPool:
             self._cache[key] = verdict
             if len(self._cache) > CACHE_ENTRIES:
                 self._cache.popitem(last=False)
-            self._count(verdict, "judged")
+            self._counts["judged"] += 1
             futures = list(task.futures)
+            for _ in futures:
+                self._count(verdict)
         for future in futures:
             future.set_result(verdict)
 
