@@ -67,25 +67,27 @@ def sample_and_verify(
     *,
     seed: int,
     step: int,
-    first_group: int = 0,
+    groups: Sequence[int] | None = None,
 ) -> tuple[list[Rollout], dict[str, float]]:
     """Samples `group_size` responses to each problem and verifies each as soon as it is finished.
 
-    Returns the rollouts ordered by group and index, and timings. `first_group` is the place of the
-    first problem in the whole batch over all processes. A problem whose prompt the engine dropped
-    has no rollouts.
+    Returns the rollouts ordered by group and index, and timings. `groups` are the places of the
+    problems in the whole batch over all processes, ascending (None: from 0 on): what is sampled
+    depends on them, not on the process. A problem whose prompt the engine dropped has no rollouts.
     """
+    groups = range(len(problems)) if groups is None else groups
+    place = {group: i for i, group in enumerate(groups)}
     sampling = dataclasses.replace(sampling, seed=stream_seed(seed, step, _SAMPLING_STREAM))
     prompts = [style.encode(problem) for problem in problems]
     requests = [
-        Request(first_group + i, tuple(map(int, prompt)), group_size, sampling)
-        for i, prompt in enumerate(prompts)
+        Request(group, tuple(map(int, prompt)), group_size, sampling)
+        for group, prompt in zip(groups, prompts, strict=True)
     ]
     answers: dict[tuple[int, int], tuple[str, Future[Verdict]]] = {}
 
     def verify(done: Completion) -> None:
         text = chat.decode(style.tokenizer, done.tokens)
-        gold = problems[done.request_id - first_group].answer
+        gold = problems[place[done.request_id]].answer
         answers[done.request_id, done.index] = (text, pool.submit(text, gold))
 
     start = time.perf_counter()
@@ -95,7 +97,7 @@ def sample_and_verify(
     rollouts = []
     for done in completions:
         text, future = answers[done.request_id, done.index]
-        i = done.request_id - first_group
+        i = place[done.request_id]
         rollouts.append(
             Rollout(
                 problem=problems[i],

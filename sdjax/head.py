@@ -46,16 +46,16 @@ def chunk_size(rows: int, slots: int, vocab: int, chunk: int = 0, target: int = 
     `target` is in bytes per device (0: the default backend's). Each chunk reads the whole head
     weight, so it should be as large as one device's share of rows and vocabulary allows.
     """
-    if not chunk:
-        mesh = jax.sharding.get_abstract_mesh()
-        if not mesh.empty:
-            rows = max(1, rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
-            vocab = max(1, vocab // mesh.shape["tensor"])
-        on_cpu = jax.default_backend() == "cpu"
-        target = target or (CHUNK_BYTES if on_cpu else CHUNK_BYTES_ACCELERATOR)
-        chunk = max(MIN_SLOTS, target // (4 * vocab * rows) // MIN_SLOTS * MIN_SLOTS)
-    chunk = max(1, min(chunk, slots))
-    even = -(-slots // -(-slots // chunk))  # equal chunks, so that the last one is not mostly empty
+    if chunk:
+        return max(1, min(chunk, slots))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows = max(1, rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+        vocab = max(1, vocab // mesh.shape["tensor"])
+    on_cpu = jax.default_backend() == "cpu"
+    target = target or (CHUNK_BYTES if on_cpu else CHUNK_BYTES_ACCELERATOR)
+    most = min(slots, max(MIN_SLOTS, target // (4 * vocab * rows)))
+    even = -(-slots // -(-slots // most))  # equal chunks, so that the last is not mostly empty
     return min(slots, -(-even // MIN_SLOTS) * MIN_SLOTS)
 
 

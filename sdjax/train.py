@@ -100,18 +100,19 @@ def train_batch(
 ) -> tuple[TrainState, dict[str, float]]:
     """Stages 1 to 4 on the problems of `step`. Returns the new state and what was measured."""
     began = time.perf_counter()
-    share = c.batch.prompts // jax.process_count()
+    groups = process_groups(c, jax.process_index(), jax.process_count())
+    problems = data.batch(step - 1)
     rollouts, metrics = collect.sample_and_verify(
         parts.engine,
         parts.engine.prepare(build.full_params(state, parts.cfg)),
         parts.pool,
         parts.style,
-        data.batch(step - 1, jax.process_index(), jax.process_count()),
+        [problems[group] for group in groups],
         c.batch.group_size,
         sampling_params(c),
         seed=c.seed,
         step=step,
-        first_group=jax.process_index() * share,
+        groups=groups,
     )
     collected = time.perf_counter()
     contexts, context_counts = _contexts(c, parts, learner, rollouts, step)
@@ -144,6 +145,23 @@ def train_batch(
     if jax.process_count() > 1:
         metrics = distributed.merge_metrics(metrics, ("verifier/",), ("memory/", "time/"))
     return state, metrics
+
+
+def process_groups(c: ConfigDict, process_index: int, process_count: int) -> list[int]:
+    """Which problems of a training batch one process samples: an equal share of each mini-batch.
+
+    So the mini-batches are the same for any number of processes. Raises ValueError when one does
+    not split.
+    """
+    mini = c.batch.mini_prompts
+    if mini % process_count:
+        raise ValueError(
+            f"config.batch.mini_prompts={mini} does not split over {process_count} processes: "
+            f"choose a multiple of {process_count}"
+        )
+    share = mini // process_count
+    starts = range(process_index * share, c.batch.prompts, mini)
+    return [start + i for start in starts for i in range(share)]
 
 
 def sampling_params(c: ConfigDict) -> SamplingParams:
@@ -197,14 +215,12 @@ def _mini_batches(
     processes.
     """
     o = learner.objective
-    share = c.batch.prompts // jax.process_count()
-    mini = c.batch.mini_prompts // jax.process_count()
-    first = jax.process_index() * share
+    mini = c.batch.mini_prompts
     groups = np.array([rollout.group for rollout in rollouts])
     rewards = np.array([rollout.verdict.reward for rollout in rollouts])
     advantages = group_advantage(rewards, groups, o.norm_adv_by_std, o.adv_eps)
     batches = []
-    for start in range(first, first + share, mini):
+    for start in range(0, c.batch.prompts, mini):
         chosen = np.flatnonzero((groups >= start) & (groups < start + mini))
         part = [rollouts[i] for i in chosen]
         seen = [contexts[i] for i in chosen]

@@ -20,7 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from sdjax import build, parallel
+from sdjax import build, head, parallel
 from sdjax import step as step_lib
 from sdjax.analysis import epistemic
 from sdjax.data.packing import PackingSpec
@@ -113,6 +113,15 @@ def setup(c: ConfigDict, topology: chips.Topology) -> Setup:
     if adapters is not None:
         cfg = dataclasses.replace(cfg, lora=adapters)
     objective = ObjectiveConfig.from_config(c)
+    spec = build.packing_spec(c, mesh, objective.uses_teacher)
+    with jax.set_mesh(mesh):
+        c.objective.chunk = head.chunk_size(
+            spec.micro_rows,
+            spec.slots,
+            cfg.vocab_size,
+            c.objective.chunk,
+            head.CHUNK_BYTES_ACCELERATOR,
+        )
     return Setup(
         c=c,
         topology=topology,
@@ -121,7 +130,7 @@ def setup(c: ConfigDict, topology: chips.Topology) -> Setup:
         rollout_mesh=parallel.make_mesh(data=-1, tensor=tensor, devices=local),
         objective=objective,
         optimizer=OptimizerConfig.from_config(c),
-        spec=build.packing_spec(c, mesh, objective.uses_teacher),
+        spec=spec,
         engine=EngineConfig.from_config(c),
     )
 

@@ -6,11 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from sdjax import head
 from sdjax.models import lora
 from sdjax.plan import analytic, chips, hlo, programs
 from sdjax.plan.roofline import Phase
@@ -134,18 +132,11 @@ def _rows_per_device(s: programs.Setup) -> int:
     return -(-s.spec.micro_rows // (s.mesh.shape["data"] * s.mesh.shape["fsdp"]))
 
 
-def _chunk(s: programs.Setup) -> int:
-    """Response slots of one head chunk."""
-    config = s.c.objective.chunk
-    with jax.set_mesh(s.mesh):
-        return head.chunk_size(s.spec.micro_rows, s.spec.slots, s.cfg.vocab_size, config)
-
-
 def _logits_bytes(s: programs.Setup) -> int:
     """float32 logits of student and teacher and the gradient of one chunk, on one device."""
     copies = 3 if s.objective.uses_teacher else 2
     vocab = s.cfg.vocab_size // s.mesh.shape["tensor"]
-    return copies * 4 * _rows_per_device(s) * _chunk(s) * vocab
+    return copies * 4 * _rows_per_device(s) * s.c.objective.chunk * vocab
 
 
 def _rollout_memory(
@@ -213,7 +204,7 @@ def _phases(s: programs.Setup, done: dict[str, programs.Program]) -> list[Phase]
 
 def _train_trips(s: programs.Setup) -> Any:
     """Trip counts of the step's run-time loops: micro-batches outside, head chunks inside."""
-    chunks = -(-s.spec.slots // _chunk(s))
+    chunks = -(-s.spec.slots // s.c.objective.chunk)
     outer = [float(s.spec.micro_batches)] if s.spec.micro_batches > 1 else []
     trips = [*outer, float(chunks)]
     return lambda depth: trips[min(depth, len(trips) - 1)]
