@@ -37,7 +37,7 @@ class Temper:
     `quick` share of second looks that only state a value; chances that either look is wrong.
     """
 
-    slip: tuple[float, float, float] = (0.08, 0.34, 0.46)
+    slip: tuple[float, float, float] = (0.08, 0.38, 0.48)
     hedge: tuple[float, float, float] = (0.03, 0.25, 0.45)
     notice: float = 0.3
     notice_hedged: float = 0.75
@@ -64,20 +64,13 @@ def difficulty(op: str, a: Value, b: Value) -> int:
     """0 easy, 1 hard, 2 hardest: what the reasoner feels before it has worked the step out."""
     if op in "+-*" and min(a, b) < 0:
         return 2  # only after a slip
-    if op == "+":
-        carries, carry = 0, 0
-        while a or b:
-            carry = (a % 10 + b % 10 + carry) > 9
-            carries, a, b = carries + carry, a // 10, b // 10
-        return min(2, carries)
-    if op == "-":
-        if a < b or b < 10:
-            return int(a % 10 < b % 10)
-        return 1 + (a % 10 < b % 10)
+    if op in "+-":
+        carry = a % 10 + b % 10 > 9 if op == "+" else a % 10 < b % 10
+        return int(carry) + int(b > 9)
     if op == "*":
-        return int(a * b > 25) + (a > 10)
+        return int(a * b > 25) + int(a > 10)
     if op == "mod":
-        return int(a >= 2 * b) + (a >= 6 * b)
+        return int(a >= 2 * b) + int(a >= 5 * b)
     return int(op == "day")
 
 

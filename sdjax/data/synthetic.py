@@ -5,10 +5,11 @@ problem is a pure function of (split, index, seed); train and test never share o
 seeds, because the hash of a question decides which side it belongs to. Does not simulate anybody
 solving them: that is `sdjax.data.reasoner`.
 
-    train        chains, sums, remainders, comparisons, small stories; 2-4 steps, two-digit numbers
+    train        chains, sums, remainders, comparisons, small stories; 2-5 steps with numbers below
+                 100, of which the second in each step is a digit
     test         the same distribution, other problems
     ood_steps    chains, sums and remainders with 4-7 steps
-    ood_large    the same families with three-digit numbers
+    ood_large    the same families with numbers below 200, both of two digits and more
     ood_family   other families: days of the week, number sequences, unknown numbers
     pretrain     a mixture of all the distributions above, from the train side only
 """
@@ -28,6 +29,7 @@ NAMES = ("Tom", "Ana", "Sam", "Mia")
 ITEMS = ("apples", "cards", "coins", "books")
 LEVELS = (1, 2, 3)
 TEST_SHARE = 8  # one question in eight is on the test side
+GIVE_UP = 5000  # repeated questions in a row after which a split counts as exhausted
 
 Operand = int | str  # a number, a word, or "#k" for the value of step k
 Step = tuple[str, Operand, Operand]
@@ -36,10 +38,16 @@ Value = int | str
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How hard a problem may be: its level (1-3, or 4-6 for more steps) and its largest number."""
+    """How hard a problem may be: its level (1-3, or 4-6 for more steps) and how large its numbers.
+
+    `top` bounds all values, `operand` the second number of a sum or difference, `factor` the first
+    of a product.
+    """
 
     level: int
     top: int
+    operand: int
+    factor: int
 
 
 def apply_op(op: str, a: Value, b: Value) -> Value:
@@ -86,25 +94,24 @@ def render_step(op: str, a: Value, b: Value, value: Value) -> str:
 # ------------------------------------------------------------------------------------- families
 
 
-def _operation(rng: random.Random, value: int, top: int, ops: str, limit: int) -> tuple[str, int]:
-    """An operation that keeps a running value within 0..top; its operand is at most `limit`."""
+def _operation(rng: random.Random, value: int, size: Size, ops: str) -> tuple[str, int]:
+    """An operation that keeps a running value within 0..top."""
     while True:
         op = rng.choice(ops)
-        if op == "*":
-            b = rng.randint(2, 9)
-        else:
-            b = rng.randint(2, max(9, min(limit, top - value if op == "+" else value)))
-        if 0 <= apply_op(op, value, b) <= top:
+        if op == "*" and value > size.factor:
+            continue
+        b = rng.randint(2, 9 if op == "*" else size.operand)
+        if 0 <= apply_op(op, value, b) <= size.top:
             return op, b
 
 
 def chain(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """Start with a number and apply operations one after the other."""
     verbs = {"+": "add", "-": "subtract", "*": "multiply by"}
-    value = start = rng.randint(size.top // 50 + 1, size.top // 2)
+    value = start = rng.randint(2, size.factor)
     steps, words = [], []
     for i in range(size.level + 1):
-        op, b = _operation(rng, value, size.top, "+-**", size.top)
+        op, b = _operation(rng, value, size, "+-**")
         steps.append((op, f"#{i - 1}" if i else start, b))
         words.append(f"{verbs[op]} {b}")
         value = apply_op(op, value, b)
@@ -113,10 +120,10 @@ def chain(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
 
 def signed_sum(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """A sum and difference of several numbers, full of carries."""
-    value = start = rng.randint(size.top // 9, size.top)
+    value = start = rng.randint(size.top // 9, size.top - size.operand)
     text, steps = str(start), []
-    for i in range(max(2, size.level)):
-        op, b = _operation(rng, value, 2 * size.top, "++-", size.top)
+    for i in range(size.level + 1):
+        op, b = _operation(rng, value, size, "+-")
         steps.append((op, f"#{i - 1}" if i else start, b))
         text += f"{op}{b}"
         value = apply_op(op, value, b)
@@ -127,32 +134,31 @@ def remainder(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """The remainder of an expression modulo a digit."""
     modulus = rng.randint(3, 9)
     if size.level == 1:
-        a = rng.randint(2, size.top // 10 + 1)
-        b = rng.randint(2, 9)
-        text, steps, value = f"{a}*{b}", [("*", a, b)], a * b
+        a, b = rng.randint(2, size.factor), rng.randint(2, 9)
+        text, steps = f"{a}*{b}", [("*", a, b)]
     else:
-        a = rng.randint(size.top // 9, size.top - size.top // 9)
-        text, steps, value = str(a), [], a
+        small = dataclasses.replace(size, top=size.top // 2)
+        value = a = rng.randint(5, small.top - size.operand // 2)
+        text, steps = str(a), []
         for i in range(size.level - 1):
-            op, b = _operation(rng, value, size.top, "+-", size.top)
+            op, b = _operation(rng, value, small, "+-")
             steps.append((op, f"#{i - 1}" if i else a, b))
             text += f"{op}{b}"
             value = apply_op(op, value, b)
     return f"Find ({text}) mod {modulus}.", [*steps, ("mod", f"#{len(steps) - 1}", modulus)]
 
 
-def _pair(rng: random.Random, top: int, product: bool) -> Step:
+def _pair(rng: random.Random, size: Size, product: bool) -> Step:
     """A sum or a product of two numbers that stays within `top`."""
     if product:
-        b = rng.randint(3, 9)
-        return ("*", rng.randint(3, top // b), b)
-    a = rng.randint(top // 9, top - top // 9)
-    return ("+", a, rng.randint(2, top - a))
+        return ("*", rng.randint(3, size.factor), rng.randint(3, 9))
+    b = rng.randint(2, size.operand)
+    return ("+", rng.randint(5, size.top - b), b)
 
 
 def comparison(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """The larger of two (from level 3 on, three) expressions; the answer is its value."""
-    pairs = [_pair(rng, size.top, rng.random() < 0.4) for _ in range(2 + (size.level > 2))]
+    pairs = [_pair(rng, size, rng.random() < 0.4) for _ in range(2 + (size.level > 2))]
     texts = [f"{a}{op}{b}" for op, a, b in pairs]
     steps: list[Step] = [*pairs, ("max", "#0", "#1")]
     if len(pairs) == 3:
@@ -162,31 +168,30 @@ def comparison(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
 
 def story(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """A small word problem."""
-    name, item, top = rng.choice(NAMES), rng.choice(ITEMS), size.top
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    b, c = rng.randint(2, 9), rng.randint(2, 9)
     if size.level == 1:
-        b = rng.randint(2, 9)
-        a = rng.randint(2, top // b)
-        c = rng.randint(2, max(2, top - a * b))
-        question = f"{name} reads {a} pages a day for {b} days, then {c} more. How many pages?"
-        return question, [("*", a, b), ("+", "#0", c)]
-    a = rng.randint(top // 9, top // 2)
+        a, more = rng.randint(2, size.factor), rng.randint(2, size.operand)
+        question = f"{name} reads {a} pages a day for {b} days, then {more} more. How many pages?"
+        return question, [("*", a, b), ("+", "#0", more)]
     if size.level == 2:
-        b, people = rng.randint(top // 9, top - a), rng.randint(3, 9)
+        a, more = rng.randint(5, size.top // 2 - size.operand), rng.randint(2, size.operand)
+        people = rng.randint(3, 9)
         question = (
-            f"{name} has {a} {item}, gets {b} and shares all with {people} friends. "
+            f"{name} has {a} {item}, gets {more} and shares all with {people} friends. "
             "How many are left over?"
         )
-        return question, [("+", a, b), ("mod", "#0", people)]
-    c = rng.randint(2, 9)
-    b = rng.randint(2, max(2, (top - a) // c))
-    d = rng.randint(2, a + b * c)
-    question = f"{name} has {a} {item}, buys {b} boxes of {c} and loses {d}. How many are left?"
-    return question, [("*", b, c), ("+", a, "#0"), ("-", "#1", d)]
+        return question, [("+", a, more), ("mod", "#0", people)]
+    a = rng.randint(2, size.operand)
+    lost = rng.randint(2, min(size.operand, a + b * c))
+    question = f"{name} has {a} {item}, buys {b} boxes of {c} and loses {lost}. How many are left?"
+    return question, [("*", b, c), ("+", "#0", a), ("-", "#1", lost)]
 
 
 def weekday(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """Which day it is some weeks on; the answer is a word."""
-    op, a, b = _pair(rng, size.top, product=size.level > 1)
+    small = dataclasses.replace(size, top=size.top // 2)
+    op, a, b = _pair(rng, small, product=size.level > 1)
     start = rng.choice(DAYS)
     question = f"What day is {a}{op}{b} days after {start}?"
     return question, [(op, a, b), ("mod", "#0", 7), ("day", start, "#1")]
@@ -194,21 +199,19 @@ def weekday(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
 
 def sequence(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """A later term of an arithmetic sequence of which the first two are given."""
-    gap = rng.randint(2, 9)
-    term = rng.randint(4, 10)
-    first = rng.randint(1, size.top - gap * (term - 1))
+    gap, term, first = rng.randint(2, 9), rng.randint(4, 10), rng.randint(1, size.operand)
     question = f"A sequence starts {first}, {first + gap}. Find term {term}."
     return question, [
         ("-", first + gap, first),
         ("*", "#0", term - 1),
-        ("+", first, "#1"),
+        ("+", "#1", first),
     ]
 
 
 def unknown(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     """A number to which something was added and subtracted; undo it."""
-    a = rng.randint(2, size.top // 2)
-    b, c = rng.randint(2, size.top // 2), rng.randint(2, a)
+    b, c = rng.randint(2, size.operand), rng.randint(2, size.operand)
+    a = rng.randint(c, size.top - b)
     question = f"A number plus {b} minus {c} is {a + b - c}. Find the number."
     return question, [("+", a + b - c, c), ("-", "#0", b)]
 
@@ -231,22 +234,24 @@ FAMILIES: dict[str, Family] = {
 
 @dataclasses.dataclass(frozen=True)
 class Distribution:
-    """Families, levels and largest number of one split."""
+    """Families and levels of one split, and how large its numbers are (see `Size`)."""
 
     families: tuple[str, ...]
     levels: tuple[int, ...]
-    top: int
+    top: int = 99
+    operand: int = 9
+    factor: int = 10
 
 
-TRAIN = Distribution(("chain", "sum", "remainder", "comparison", "story"), LEVELS, 99)
+TRAIN = Distribution(("chain", "sum", "remainder", "comparison", "story"), LEVELS)
 DISTRIBUTIONS: dict[str, Distribution] = {
     "train": TRAIN,
     "test": TRAIN,
-    "ood_steps": Distribution(("chain", "sum", "remainder"), (4, 5, 6), 99),
-    "ood_large": Distribution(("chain", "sum", "remainder", "comparison"), LEVELS, 999),
-    "ood_family": Distribution(("weekday", "sequence", "unknown"), LEVELS, 99),
+    "ood_steps": Distribution(("chain", "sum", "remainder"), (4, 5, 6)),
+    "ood_large": Distribution(("chain", "sum", "comparison", "story"), LEVELS, 199, 60, 25),
+    "ood_family": Distribution(("weekday", "sequence", "unknown"), LEVELS),
 }
-PRETRAIN_MIX = {"train": 0.82, "ood_steps": 0.06, "ood_large": 0.06, "ood_family": 0.06}
+PRETRAIN_MIX = {"train": 0.8, "ood_steps": 0.06, "ood_large": 0.08, "ood_family": 0.06}
 SPLITS = (*DISTRIBUTIONS, "pretrain")
 
 
@@ -282,7 +287,8 @@ def draw(split: str, index: int, seed: int = 0, level: int | None = None) -> Pro
             f"level {level} is not in the synthetic split {name!r}: choose one of {dist.levels}"
         )
     family = rng.choice(dist.families)
-    size = Size(rng.choice(dist.levels) if level is None else level, dist.top)
+    level = rng.choice(dist.levels) if level is None else level
+    size = Size(level, dist.top, dist.operand, dist.factor)
     while True:
         question, steps = FAMILIES[family](rng, size)
         if is_test_side(question) == (split not in ("train", "pretrain")):
@@ -297,15 +303,22 @@ def draw(split: str, index: int, seed: int = 0, level: int | None = None) -> Pro
 
 
 def stream(split: str, seed: int = 0, level: int | None = None) -> Iterator[Problem]:
-    """Distinct problems without end, in the order of their index."""
+    """Distinct problems in the order of their index.
+
+    Raises ValueError when the split has no more: after GIVE_UP repetitions in a row.
+    """
     seen: set[str] = set()
-    index = 0
-    while True:
+    index = last = 0
+    while index - last < GIVE_UP:
         problem = draw(split, index, seed, level)
         index += 1
         if problem.prompt not in seen:
             seen.add(problem.prompt)
+            last = index
             yield problem
+    raise ValueError(
+        f"the synthetic split {split!r} has only about {len(seen)} distinct problems: ask for fewer"
+    )
 
 
 def make_problems(split: str, n: int, seed: int = 0, level: int | None = None) -> list[Problem]:

@@ -97,6 +97,15 @@ def test_an_unknown_split_or_level_is_refused_by_name():
         synthetic.draw("train", 0, level=9)
 
 
+def test_asking_for_more_problems_than_there_are_ends_with_a_sentence(monkeypatch):
+    """Catches an endless loop: the smallest family would be drawn for ever."""
+    monkeypatch.setattr(synthetic, "GIVE_UP", 50)
+    days = synthetic.Distribution(("sequence",), (1,), operand=3)
+    monkeypatch.setitem(synthetic.DISTRIBUTIONS, "ood_family", days)
+    with pytest.raises(ValueError, match="'ood_family' has only about"):
+        synthetic.make_problems("ood_family", 5000)
+
+
 # ------------------------------------------------------------------------------------- reasoner
 
 
