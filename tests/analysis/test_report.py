@@ -109,9 +109,9 @@ def test_runs_of_one_method_are_told_apart_by_their_fields(tmp_path):
     """Catches seeds of different settings averaged into one number."""
     dirs = [write_run(tmp_path / "a", lr=1e-5), write_run(tmp_path / "b", lr=1e-6)]
     text = compare.compare(dirs, tmp_path / "out").read_text()
-    assert "SDPO, optimizer.lr=1e-06: 1 seeds" in text and "SDPO, optimizer.lr=1e-05" in text
+    assert "SDPO, optimizer.lr=1e-06: 1 seed," in text and "SDPO, optimizer.lr=1e-05" in text
     named = compare.compare({"high": dirs[:1], "low": dirs[1:]}, tmp_path / "out").read_text()
-    assert "high: 1 seeds" in named
+    assert "high: 1 seed," in named
 
 
 def test_comparing_nothing_or_strangers_is_told_plainly(tmp_path):
