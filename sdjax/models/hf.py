@@ -13,6 +13,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from sdjax.data import hub
 from sdjax.models import lora as lora_lib
 from sdjax.models.config import ModelConfig
 from sdjax.models.decoder import is_spec, param_shardings, param_specs
-from sdjax.models.safetensors_io import SafetensorsFile, write
+from sdjax.models.safetensors_io import SafetensorsFile, Scratch, write
 from sdjax.parallel import single_device_mesh
 from sdjax.types import Params
 
@@ -35,6 +36,8 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 SHARD_BYTES = 4 * 2**30  # of one safetensors file, so that a file can be copied and retried
+READERS = 4  # threads: on disk they share the copying, in a bucket they hide the latency
+ALIGNMENT = 64  # bytes
 INDEX = "model.safetensors.index.json"
 # leaf -> (name within "model.layers.{i}.", how many of its axes, after L, the product sums over)
 LAYER_NAMES = {
@@ -145,18 +148,22 @@ def load(path: str, mesh: Mesh | None = None, dtype: Any = None) -> tuple[ModelC
     wanted = leaves(cfg)
     _check_names(cfg, wanted, files, folder)
     params: Params = {}
-    for leaf in wanted:
-        place = functools.reduce(lambda tree, key: tree[key], leaf.path, shardings)
-        cache: dict[tuple, np.ndarray] = {}  # replicas of a shard are read once
+    scratch = Scratch()
+    with ThreadPoolExecutor(READERS) as pool:
+        for leaf in wanted:
+            place = functools.reduce(lambda node, key: node[key], leaf.path, shardings)
+            cache: dict[tuple, np.ndarray] = {}  # replicas of a shard are read once
 
-        def shard(index, leaf=leaf, cache=cache):
-            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-            if bounds not in cache:
-                cache[bounds] = _read_shard(leaf, bounds, files, dtype)
-            return cache[bounds]
+            def shard(index, leaf=leaf, cache=cache):
+                bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
+                if bounds not in cache:
+                    cache[bounds] = _read_shard(leaf, bounds, files, dtype, pool, scratch)
+                return cache[bounds]
 
-        node = functools.reduce(lambda tree, key: tree.setdefault(key, {}), leaf.path[:-1], params)
-        node[leaf.path[-1]] = jax.make_array_from_callback(leaf.shape, place, shard)
+            parent = params
+            for key in leaf.path[:-1]:
+                parent = parent.setdefault(key, {})
+            parent[leaf.path[-1]] = jax.make_array_from_callback(leaf.shape, place, shard)
     return cfg, params
 
 
@@ -203,18 +210,42 @@ def _check_names(cfg: ModelConfig, wanted, files: Mapping[str, SafetensorsFile],
         )
 
 
-def _read_shard(leaf: Leaf, bounds, files: Mapping[str, SafetensorsFile], dtype) -> np.ndarray:
-    """The part `bounds` ((start, stop) per axis) of a leaf, in our layout."""
+def _read_shard(
+    leaf: Leaf,
+    bounds,
+    files: Mapping[str, SafetensorsFile],
+    dtype: np.dtype,
+    pool: ThreadPoolExecutor,
+    scratch: Scratch,
+) -> np.ndarray:
+    """The part `bounds` ((start, stop) per axis) of a leaf, in our layout; layers side by side."""
+    out = _aligned_empty([stop - start for start, stop in bounds], dtype)
     if not leaf.stacked:
-        return _read_part(leaf, leaf.names[0], bounds, files[leaf.names[0]]).astype(dtype)
+        name = leaf.names[0]
+        out[:] = _read_part(leaf, name, bounds, files[name], scratch)
+        return out
     (first, last), rest = bounds[0], bounds[1:]
-    out = np.empty([stop - start for start, stop in bounds], dtype)
-    for i in range(first, last):
-        out[i - first] = _read_part(leaf, leaf.names[i], rest, files[leaf.names[i]])
+
+    def read_layer(i: int) -> None:
+        name = leaf.names[i]
+        out[i - first] = _read_part(leaf, name, rest, files[name], scratch)
+
+    for _ in pool.map(read_layer, range(first, last)):  # iterated, so that errors surface
+        pass
     return out
 
 
-def _read_part(leaf: Leaf, name: str, bounds, file: SafetensorsFile) -> np.ndarray:
+def _aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
+    """Memory that jax on the CPU takes over as it is instead of copying it."""
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + nbytes].view(dtype).reshape(shape)
+
+
+def _read_part(
+    leaf: Leaf, name: str, bounds, file: SafetensorsFile, scratch: Scratch
+) -> np.ndarray:
     """One tensor's part: reads the rows it needs, then cuts the other axes and reorders them."""
     k = leaf.n_inputs
     inputs, outputs = leaf.layer_shape[:k], leaf.layer_shape[k:]
@@ -222,7 +253,7 @@ def _read_part(leaf: Leaf, name: str, bounds, file: SafetensorsFile) -> np.ndarr
     stored_bounds = (*bounds[k:], *bounds[:k])
     per_row = int(np.prod(stored_axes[1:])) // int(np.prod(leaf.stored_shape[1:]))
     start, stop = stored_bounds[0]
-    rows = file.rows(name, start * per_row, stop * per_row)
+    rows = file.rows(name, start * per_row, stop * per_row, scratch)
     x = rows.reshape(stop - start, *stored_axes[1:])
     x = x[(slice(None), *(slice(a, b) for a, b in stored_bounds[1:]))]
     n_out = len(outputs)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
@@ -26,21 +27,39 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+class Scratch(threading.local):
+    """A buffer per thread that reads go through: fresh memory would cost more than the reading."""
+
+    def __init__(self):
+        self._buffer = np.empty(0, np.uint8)
+
+    def take(self, nbytes: int) -> np.ndarray:
+        """`nbytes` of memory, valid until the same thread takes again."""
+        if self._buffer.nbytes < nbytes:
+            self._buffer = np.empty(nbytes, np.uint8)
+        return self._buffer[:nbytes]
+
+
 class SafetensorsFile:
     """One file, local or in a bucket: `shapes` by tensor name, and rows read on demand."""
 
     def __init__(self, path: str):
         self.path = path
         self._read = _range_reader(path)
-        (length,) = struct.unpack("<Q", self._read(0, 8))
+        (length,) = struct.unpack("<Q", self._bytes(0, 8))
         if length > 100_000_000:
             raise ValueError(
                 f"{path} is not a safetensors file: its header would be {length} bytes"
             )
-        header = json.loads(self._read(8, 8 + length))
+        header = json.loads(self._bytes(8, 8 + length))
         header.pop("__metadata__", None)
         self._header = header
         self._start = 8 + length
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        out = np.empty(stop - start, np.uint8)
+        self._read(start, out)
+        return out.tobytes()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -57,35 +76,37 @@ class SafetensorsFile:
             )
         return DTYPES[stored]
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Rows start:stop of a tensor's first axis, in the stored dtype."""
-        shape, dtype = self.shapes[name], self.dtype(name)
+    def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> np.ndarray:
+        """Rows start:stop of a tensor's first axis, in the stored dtype, in memory of `scratch`."""
+        shape, dtype = tuple(self._header[name]["shape"]), self.dtype(name)
         begin, end = self._header[name]["data_offsets"]
-        if not shape:
-            return np.frombuffer(self._read(self._start + begin, self._start + end), dtype)[0]
-        stop = shape[0] if stop is None else stop
-        row = (end - begin) // max(shape[0], 1)
-        data = self._read(self._start + begin + start * row, self._start + begin + stop * row)
-        return np.frombuffer(data, dtype).reshape(stop - start, *shape[1:])
+        row = (end - begin) // shape[0]
+        data = scratch.take((stop - start) * row)
+        self._read(self._start + begin + start * row, data)
+        return data.view(dtype).reshape(stop - start, *shape[1:])
 
 
-def _range_reader(path: str) -> Callable[[int, int], bytes]:
-    """A function that returns bytes start:stop of a file."""
+def _range_reader(path: str) -> Callable[[int, np.ndarray], None]:
+    """A function that fills an array of bytes from a place in a file on."""
     if is_remote(path):
         import fsspec
 
         fs, file = fsspec.core.url_to_fs(path)
-        return lambda start, stop: fs.cat_file(file, start=start, end=stop)
 
-    def read(start: int, stop: int) -> bytes:
-        with open(path, "rb") as file:
+        def read_remote(start: int, out: np.ndarray) -> None:
+            out[:] = np.frombuffer(fs.cat_file(file, start=start, end=start + out.nbytes), np.uint8)
+
+        return read_remote
+
+    def read(start: int, out: np.ndarray) -> None:
+        view = memoryview(out)
+        with open(path, "rb", buffering=0) as file:
             file.seek(start)
-            data = file.read(stop - start)
-        if len(data) != stop - start:
-            raise ValueError(
-                f"{path} is cut short: bytes {start}:{stop} are missing; fetch it again"
-            )
-        return data
+            while view:
+                count = file.readinto(view)
+                if not count:
+                    raise ValueError(f"{path} is cut short at byte {file.tell()}: fetch it again")
+                view = view[count:]
 
     return read
 

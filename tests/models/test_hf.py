@@ -38,8 +38,8 @@ def test_sharded_load_reads_each_shard_once(folder, monkeypatch):
     read = []
     rows = SafetensorsFile.rows
 
-    def counted(self, name, start=0, stop=None):
-        out = rows(self, name, start, stop)
+    def counted(self, name, *args):
+        out = rows(self, name, *args)
         read.append((name, out.nbytes))
         return out
 
