@@ -86,10 +86,14 @@ def weighted(items, loss_agg="rows-incl-masked", **kwargs):
     ]
 
 
+def program(function, *args):
+    """function as one program, without the optimisations that cost most compile time."""
+    return jax.jit(function).lower(*args).compile({"xla_backend_optimization_level": 0})
+
+
 def compiled(function, *args):
-    """function(*args) as one program, without the optimisations that cost most compile time."""
-    lowered = jax.jit(function).lower(*args)
-    return lowered.compile({"xla_backend_optimization_level": 0})(*args)
+    """function(*args) through `program`."""
+    return program(function, *args)(*args)
 
 
 def one_device():
