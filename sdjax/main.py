@@ -17,7 +17,7 @@ from typing import NoReturn
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from sdjax import config, distributed
+from sdjax import config, distributed, profiling
 
 MODULES = {
     "train": "sdjax.train",
@@ -96,6 +96,7 @@ def main(argv: list[str]) -> None:
         config.check(c)
         run = importlib.import_module(MODULES[c.mode]).run
         if c.mode in ("train", "sft"):  # these save and resume
+            profiling.prepare(c, workdir)
             with distributed.session(c, workdir=workdir) as session:
                 run(c, workdir, session.stop)
         else:

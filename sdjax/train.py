@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sdjax import build, collect, config, distributed
+from sdjax import build, collect, config, distributed, profiling
 from sdjax.analysis import report
 from sdjax.checkpoint import Checkpoints, bind_workdir
 from sdjax.data import packing
@@ -59,6 +59,7 @@ def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None)
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
     start = int(state.step) // updates_per_batch(c)
+    tracer = profiling.Tracer(c, workdir)
     with (
         parts.pool,
         MetricsWriter(workdir, None if restored is None else start) as writer,
@@ -67,7 +68,8 @@ def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None)
         if restored is None:
             writer.write(0, _evaluate(parts, state, 0))
         for step in range(start + 1, c.train.steps + 1):
-            state, metrics = train_batch(c, parts, learner, state, data, step, writer)
+            with tracer.step(step):
+                state, metrics = train_batch(c, parts, learner, state, data, step, writer)
             if step == c.train.steps or (c.eval.every and step % c.eval.every == 0):
                 metrics |= _evaluate(parts, state, step)
             writer.write(step, metrics)
