@@ -79,10 +79,10 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _seeds_line(groups: Mapping[str, list[Run]]) -> str:
-    parts = [
-        f"{label}: {len(runs)} {'seed' if len(runs) == 1 else 'seeds'}, {runs[0].evaluations[-1]['step']} steps"
-        for label, runs in groups.items()
-    ]
+    parts = []
+    for label, runs in groups.items():
+        seeds = "1 seed" if len(runs) == 1 else f"{len(runs)} seeds"
+        parts.append(f"{label}: {seeds}, {runs[0].evaluations[-1]['step']} steps")
     return "; ".join(parts) + ". Numbers are mean ± standard deviation over seeds.\n"
 
 
