@@ -41,7 +41,8 @@ class VerifierPool:
     """Scores responses in `workers` processes; use as a context manager or call `close`.
 
     `reward` is a name for `sdjax.rewards.get_reward`. `deadline_s` counts seconds of work on one
-    answer, without start-up of the worker. Verdicts are cached by (answer, gold).
+    answer, without start-up of the worker; one that the busy machine gave no CPU gets more, up to
+    four deadlines. Verdicts are cached by (answer, gold).
     """
 
     def __init__(
@@ -288,6 +289,8 @@ class VerifierPool:
     def _enforce_deadlines(self) -> None:
         now = time.monotonic()
         for worker in [w for w in self._workers if w.expires is not None and w.expires <= now]:
+            if worker.starved(self.config.deadline_s):
+                continue
             task, was_ready = worker.task, worker.ready
             self._remove(worker)
             if task is not None:
