@@ -36,7 +36,8 @@ def make_mesh(
 ) -> Mesh:
     """Builds the (data, fsdp, tensor, context) mesh; `data=-1` takes all the devices that are left.
 
-    Raises ValueError when the sizes do not multiply to the number of devices.
+    The devices keep jax's order, which lists each host's together. Raises ValueError when the sizes
+    do not multiply to the number of devices, or when one row would lie on several hosts.
     """
     devices = list(jax.devices() if devices is None else devices)
     fixed = fsdp * tensor * context
@@ -48,6 +49,12 @@ def make_mesh(
             f"{data * fixed} devices, but there are {len(devices)}: change config.mesh"
         )
     grid = np.asarray(devices, dtype=object).reshape(data, fsdp, tensor, context)
+    for group in grid.reshape(-1, tensor * context):
+        if len({device.process_index for device in group}) > 1:
+            raise ValueError(
+                f"mesh tensor={tensor} x context={context} spans hosts, but each host packs its own "
+                "rows: choose a product in config.mesh that divides a host's number of devices"
+            )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

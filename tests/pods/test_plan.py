@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdjax import config, plan
+from sdjax import config, parallel, plan
 from sdjax.plan import analytic, chips, hlo, known, programs, report, study
 from sdjax.plan.roofline import Phase
 
@@ -178,3 +178,12 @@ def test_the_real_run_is_planned_for_a_tpu(tmp_path, capsys):
     assert by_name["train step"]["collectives"]["all-gather"]["bytes"] > 0
     decode = analytic.decode_flops(cfg, 16, 512 + 32) / 4
     assert by_name["decode step"]["flops"] == pytest.approx(decode, rel=0.35)
+
+
+@needs_libtpu
+def test_a_mesh_whose_rows_span_hosts_is_refused():
+    """v5e hosts have 4 chips: tensor 8 would make two hosts pack the same rows, each its own."""
+    devices = programs.devices(chips.parse("v5e:4x4"))
+    assert parallel.make_mesh(tensor=4, data=-1, devices=devices).size == 16
+    with pytest.raises(ValueError, match="tensor=8 x context=1 spans hosts"):
+        parallel.make_mesh(tensor=8, data=-1, devices=devices)
