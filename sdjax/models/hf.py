@@ -36,7 +36,8 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 SHARD_BYTES = 4 * 2**30  # of one safetensors file, so that a file can be copied and retried
-READERS = 4  # threads: on disk they share the copying, in a bucket they hide the latency
+READERS = 2  # threads: on disk they share the copying, in a bucket they hide the latency
+ROWS = 4096  # of an embedding read at a time
 ALIGNMENT = 64  # bytes
 INDEX = "model.safetensors.index.json"
 # leaf -> (name within "model.layers.{i}.", how many of its axes, after L, the product sums over)
@@ -218,19 +219,23 @@ def _read_shard(
     pool: ThreadPoolExecutor,
     scratch: Scratch,
 ) -> np.ndarray:
-    """The part `bounds` ((start, stop) per axis) of a leaf, in our layout; layers side by side."""
+    """The part `bounds` ((start, stop) per axis) of a leaf, in our layout, in parallel."""
     out = _aligned_empty([stop - start for start, stop in bounds], dtype)
-    if not leaf.stacked:
-        name = leaf.names[0]
-        out[:] = _read_part(leaf, name, bounds, files[name], scratch)
-        return out
     (first, last), rest = bounds[0], bounds[1:]
 
     def read_layer(i: int) -> None:
         name = leaf.names[i]
         out[i - first] = _read_part(leaf, name, rest, files[name], scratch)
 
-    for _ in pool.map(read_layer, range(first, last)):  # iterated, so that errors surface
+    def read_rows(start: int) -> None:
+        name, stop = leaf.names[0], min(start + ROWS, last)
+        part = _read_part(leaf, name, ((start, stop), *rest), files[name], scratch)
+        out[start - first : stop - first] = part
+
+    jobs = (
+        (read_layer, range(first, last)) if leaf.stacked else (read_rows, range(first, last, ROWS))
+    )
+    for _ in pool.map(*jobs):  # iterated, so that errors surface
         pass
     return out
 

@@ -55,16 +55,12 @@ class SafetensorsFile:
         header.pop("__metadata__", None)
         self._header = header
         self._start = 8 + length
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
 
     def _bytes(self, start: int, stop: int) -> bytes:
         out = np.empty(stop - start, np.uint8)
         self._read(start, out)
         return out.tobytes()
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor in the file."""
-        return {name: tuple(entry["shape"]) for name, entry in self._header.items()}
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype a tensor is stored in. ValueError when it is not a floating one we know."""
@@ -78,7 +74,7 @@ class SafetensorsFile:
 
     def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> np.ndarray:
         """Rows start:stop of a tensor's first axis, in the stored dtype, in memory of `scratch`."""
-        shape, dtype = tuple(self._header[name]["shape"]), self.dtype(name)
+        shape, dtype = self.shapes[name], self.dtype(name)
         begin, end = self._header[name]["data_offsets"]
         row = (end - begin) // shape[0]
         data = scratch.take((stop - start) * row)
