@@ -52,8 +52,8 @@ def make_mesh(
     for group in grid.reshape(-1, tensor * context):
         if len({device.process_index for device in group}) > 1:
             raise ValueError(
-                f"mesh tensor={tensor} x context={context} spans hosts, but each host packs its own "
-                "rows: choose a product in config.mesh that divides a host's number of devices"
+                f"mesh tensor={tensor} x context={context} spans hosts, but each host packs its "
+                "own rows: choose a product in config.mesh that divides a host's number of devices"
             )
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
