@@ -22,11 +22,12 @@ class EngineConfig:
 
     `slots` responses are decoded at once, `chunk` steps per call from the host at most; a call ends
     early when `refill_fraction` of the slots are free and something waits. Prompts longer than
-    `max_prompt_len` are dropped or cut on the left (`on_long_prompt`).
-    The cache starts with `first_length` columns and doubles; when nothing waits, slots are halved
-    up to `row_halvings` times. `prefill_tokens` bounds a prefill batch (prompts times padded
-    length). `cache_dtype` is "auto" (the compute dtype), "float32", "bfloat16" or "int8";
-    `candidates` the number of logits that truncation looks at before its exact fallback.
+    `max_prompt_len` are dropped or cut on the left (`on_long_prompt`). The cache starts with
+    `first_length` columns and doubles; when nothing waits, slots are halved up to `row_halvings`
+    times. `prefill_tokens` bounds a prefill batch (prompts times padded length). `cache_dtype` is
+    "auto" (the compute dtype), "float32", "bfloat16" or "int8"; `candidates` the number of logits
+    that truncation looks at before its exact fallback. `cache_layout` is "rows", "pages", or
+    "auto": pages on TPUs where the kernel takes the model.
     """
 
     slots: int = 64
@@ -35,6 +36,7 @@ class EngineConfig:
     chunk: int = 32
     compute_dtype: str = "float32"
     cache_dtype: str = "auto"
+    cache_layout: str = "auto"
     on_long_prompt: str = "drop"
     refill_fraction: float = 0.125
     first_length: int = 128

@@ -1,11 +1,13 @@
 """The KV cache of the sampling engine: layout, growth, and the tokens a decode chunk adds to it.
 
-One dict per layer, so that a decode step never slices a stack. Keys are [B, N, C, S] and values
-[B, N, S, C]: both products of decode attention then run over contiguous memory. A decode chunk
-reads the cache without writing to it and collects its own keys and values in a small buffer,
-where all rows write the same column; `merge` moves them behind each row's tokens once per chunk.
+One dict per layer, so that a decode step never slices a stack. Keys are [B, N, C, S] and values [B,
+N, S, C]: both products of decode attention then run over contiguous memory. A decode chunk reads
+the cache without writing to it and collects its own keys and values in a small buffer, where all
+rows write the same column; `merge` moves them behind each row's tokens once per chunk.
 
-Columns at or beyond a row's length are garbage by contract: readers mask by length.
+Columns at or beyond a row's length are garbage by contract: readers mask by length. On TPUs the
+layout is `sdjax.rollout.paged` instead; `begin`, `attend_step` and `finish` are the one interface
+of both.
 """
 
 from __future__ import annotations
@@ -21,24 +23,34 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sdjax.models.config import ModelConfig
 from sdjax.parallel import ACT_RULES, sharding
+from sdjax.rollout import paged
 
-LETTERS = {"k": "BNCS", "v": "BNSC", "k_scale": "BNS", "v_scale": "BNS"}
+LETTERS = {"k": "BNCS", "v": "BNSC", "k_scale": "BNS", "v_scale": "BNS", "kv": "BSNC"}
 Layer = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
-    """Shape of the cache without its rows and columns; `dtype` is float32, bfloat16 or int8."""
+    """Shape of the cache without its rows and columns; `dtype` is float32, bfloat16 or int8.
+
+    `pages` chooses the layout of `sdjax.rollout.paged`, which knows no int8.
+    """
 
     n_layers: int
     n_kv_heads: int
     head_dim: int
     dtype: str
+    pages: bool = False
 
     @classmethod
-    def of(cls, cfg: ModelConfig, dtype: str) -> CacheSpec:
-        """The cache of a model."""
-        return cls(cfg.n_layers, cfg.n_kv_heads, cfg.head_dim, dtype)
+    def of(cls, cfg: ModelConfig, dtype: str, layout: str = "rows") -> CacheSpec:
+        """The cache of a model; `layout` is "rows", "pages", or "auto": pages where they pay."""
+        if layout == "auto":
+            kernel = jax.default_backend() == "tpu" and paged.supported(cfg.head_dim, dtype)
+            layout = "pages" if kernel else "rows"
+        if layout == "pages" and dtype == "int8":
+            raise ValueError("rollout.cache_layout='pages' has no int8: use 'rows' or 'auto'")
+        return cls(cfg.n_layers, cfg.n_kv_heads, cfg.head_dim, dtype, layout == "pages")
 
     @property
     def quantised(self) -> bool:
@@ -47,6 +59,9 @@ class CacheSpec:
 
     def shapes(self, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of one layer's arrays."""
+        if self.pages:
+            shape = (rows, length, 2 * self.n_kv_heads, self.head_dim)
+            return {"kv": jax.ShapeDtypeStruct(shape, self.dtype)}
         sizes = {"B": rows, "N": self.n_kv_heads, "C": self.head_dim, "S": length}
         shape = lambda name: tuple(sizes[letter] for letter in LETTERS[name])
         out = {name: jax.ShapeDtypeStruct(shape(name), self.dtype) for name in ("k", "v")}
@@ -70,6 +85,8 @@ def pack(
     k_BTNC: Float[Array, "B T N C"], v_BTNC: Float[Array, "B T N C"], spec: CacheSpec
 ) -> Layer:
     """Fresh keys and values in the layout and dtype of the cache."""
+    if spec.pages:
+        return {"kv": paged.interleave(k_BTNC, v_BTNC).astype(spec.dtype)}
     return store(k_BTNC.transpose(0, 2, 3, 1), v_BTNC.transpose(0, 2, 1, 3), spec)
 
 
@@ -87,6 +104,56 @@ def _quantise(x: Array, axis: int) -> tuple[Array, Array]:
     x = x.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(x).max(axis, keepdims=True), 1e-20) / 127.0
     return jnp.round(x / scale).astype(jnp.int8), scale.squeeze(axis)
+
+
+def begin(layer: Layer, spec: CacheSpec, chunk: int, dtype: Any) -> Layer:
+    """What the steps of a chunk write to: a small buffer, or the pages themselves."""
+    if spec.pages:
+        return layer
+    return recent(spec, layer["k"].shape[0], chunk, dtype)
+
+
+def attend_step(
+    q_B1HC: Float[Array, "B 1 H C"],
+    k_B1NC: Float[Array, "B 1 N C"],
+    v_B1NC: Float[Array, "B 1 N C"],
+    layer: Layer,
+    state: Layer,
+    place: Place,
+    window: int | None,
+) -> tuple[Float[Array, "B 1 H C"], Layer]:
+    """Stores one new token per row in the chunk's state and attends to it and all before it."""
+    if "kv" in layer:
+        at_B = place.length_B + place.step
+        state = {"kv": paged.write(state["kv"], k_B1NC, v_B1NC, at_B)}
+        return paged.attend(q_B1HC, state["kv"], at_B + 1, window), state
+    state = remember(state, k_B1NC, v_B1NC, place.step)
+    return attend(q_B1HC, layer, state, *place.masks[window]), state
+
+
+def finish(layer: Layer, state: Layer, length_B: Int[Array, " B"], spec: CacheSpec) -> Layer:
+    """The cache with the chunk's tokens in it."""
+    return state if spec.pages else merge(layer, state, length_B, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where the new tokens of a step go: behind `length_B` cached tokens and `step` of the chunk.
+
+    `masks` are those of `masks` for every kind of window, empty for pages.
+    """
+
+    length_B: Int[Array, " B"]
+    step: Int[Array, ""]
+    masks: dict[int | None, tuple[Array, Array]]
+
+    @classmethod
+    def of(cls, layer: Layer, length_B, step, chunk: int, windows: set[int | None]) -> Place:
+        """The place of this step in caches like `layer`."""
+        if "kv" in layer:
+            return cls(length_B, step, {})
+        columns = layer["k"].shape[3]
+        return cls(length_B, step, {w: masks(length_B, step, columns, chunk, w) for w in windows})
 
 
 def recent(spec: CacheSpec, rows: int, chunk: int, dtype: Any) -> Layer:

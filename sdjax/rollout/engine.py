@@ -73,7 +73,7 @@ class Engine:
         self.ends = frozenset(int(t) for t in end_token_ids)
         memory.check(model_cfg, engine_cfg, mesh)
         self.buckets = engine_cfg.buckets(mesh.shape["data"] * mesh.shape["fsdp"])
-        self.spec = kv.CacheSpec.of(model_cfg, engine_cfg.cache_dtype_name)
+        self.spec = kv.CacheSpec.of(model_cfg, engine_cfg.cache_dtype_name, engine_cfg.cache_layout)
         self.static = programs.Static(
             model=lora.without(model_cfg),
             cache=self.spec,

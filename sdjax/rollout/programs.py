@@ -152,11 +152,13 @@ def decode(
     floats_IB = jnp.zeros((static.chunk, rows), jnp.float32)
     nothing_B = jnp.zeros(rows, jnp.int32)
     empty = Chunk(integers_IB, floats_IB, floats_IB, nothing_B, nothing_B - 1, jnp.int32(0))
-    buffers = [kv.recent(static.cache, rows, static.chunk, static.compute_dtype) for _ in layers]
+    buffers = [
+        kv.begin(layer, static.cache, static.chunk, static.compute_dtype) for layer in layers
+    ]
     loop = _Loop(jnp.int32(0), slots.token, started_B, buffers, empty)
     loop = lax.while_loop(going, advance, loop)
     merged = [
-        kv.merge(layer, buffer, slots.length, static.cache)
+        kv.finish(layer, buffer, slots.length, static.cache)
         for layer, buffer in zip(layers, loop.buffers, strict=True)
     ]
     return merged, loop.chunk
@@ -165,16 +167,11 @@ def decode(
 def _next_logits(params, layers, loop: _Loop, length_B, static: Static):
     """Logits of the token after `loop.token_B`, and the buffers with that token in them."""
 
-    columns = layers[0]["k"].shape[3]
-    masks = {
-        window: kv.masks(length_B, loop.step, columns, static.chunk, window)
-        for window in set(static.model.windows)
-    }
+    windows = set(static.model.windows)
+    place = kv.Place.of(layers[0], length_B, loop.step, static.chunk, windows)
 
     def attend(q_B1HC, k_B1NC, v_B1NC, state, window):
-        layer, buffer = state
-        buffer = kv.remember(buffer, k_B1NC, v_B1NC, loop.step)
-        return kv.attend(q_B1HC, layer, buffer, *masks[window]), buffer
+        return kv.attend_step(q_B1HC, k_B1NC, v_B1NC, *state, place, window)
 
     hidden_B1D, buffers = decoder.forward(
         params,
