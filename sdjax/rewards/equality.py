@@ -10,12 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from sdjax.rewards import vocabulary as v
-from sdjax.rewards.nodes import INFINITY, Node, Undefined, Unreadable, contains, num, symbols
+from sdjax.rewards.nodes import (
+    INFINITY,
+    Node,
+    TooBig,
+    Undefined,
+    Unreadable,
+    contains,
+    num,
+    symbols,
+)
 from sdjax.rewards.numeric import constant_ratio, proportional, same_value
+from sdjax.rewards.polynomials import same_zeros
 from sdjax.rewards.sets import NEGATIVE_INFINITY, isolated, same_set, strip, try_set
 
 COLLECTIONS = ("list", "set", "orlist")
-SET_KINDS = ("union", "inter", "minus", "named_set")
+SET_KINDS = ("union", "inter", "minus", "named_set", "builder")
 MAX_VARIANTS = 8
 INEQUALITIES = frozenset({"<", ">", "<=", ">=", "!="})
 
@@ -223,9 +233,11 @@ def same_equation(a: Node, b: Node, c: Node, d: Node) -> bool | None:
     """a = b against c = d: equal up to a non-zero constant factor."""
     left, right = (Node("add", (x, Node("neg", (y,)))) for x, y in ((a, b), (c, d)))
     try:
-        return proportional(left, right)
-    except Undefined:
-        return None
+        if proportional(left, right):
+            return True
+        return same_zeros(left, right)  # xy = 6 and y = 6/x
+    except (Unreadable, Undefined, TooBig):
+        return False
 
 
 def _sides(node: Node) -> tuple[Node, Node] | None:
@@ -257,7 +269,15 @@ def _is_name(node: Node) -> bool:
         return node.args[0] not in ("pi", "e", "i")
     if node.op == "seq":
         return all(_is_name(item) for item in node.args[2])
-    return _is_figure(node)
+    return _is_figure(node) or _is_applied(node)
+
+
+def _is_applied(node: Node) -> bool:
+    """p(x): a symbol before a bracketed symbol or number, read as a product."""
+    if node.op != "mul":
+        return False
+    head, inner = node.args
+    return head.op == "sym" and inner.op == "group" and strip(inner).op in ("sym", "num")
 
 
 def _is_figure(node: Node) -> bool:
@@ -379,6 +399,8 @@ def _same_collection(gold: Node, answer: Node) -> bool | None:
         return _same_real_set(gold, answer)
     if "orlist" in (gold.op, answer.op):
         return _sets_equal(gold, answer)
+    if gold.op == "seq" and answer.op == "list":
+        return _named_components(gold, answer)
     lists = []
     for node in (gold, answer):
         items = list(node.args) if node.op in COLLECTIONS else [node]
@@ -386,6 +408,17 @@ def _same_collection(gold: Node, answer: Node) -> bool | None:
     if "set" in (gold.op, answer.op):
         lists = [_without_repeats(items) for items in lists]
     return _match(*lists)
+
+
+def _named_components(gold: Node, answer: Node) -> bool | None:
+    """`x = 1, y = -2` against the point (1, -2), in this order."""
+    pairs = [item.args[1] for item in answer.args if item.op == "rel" and item.args[0] == ("=",)]
+    names = [strip_groups(pair[0]) for pair in pairs if len(pair) == 2]
+    if len(names) != len(answer.args) or any(name.op != "sym" for name in names):
+        return False
+    if len(set(names)) != len(names) or gold.args[:2] != ("(", ")"):
+        return False
+    return _same(gold, Node("seq", ("(", ")", tuple(pair[1] for pair in pairs))))
 
 
 def _without_repeats(items: list[Node]) -> list[Node]:
@@ -431,6 +464,8 @@ def _same_sequence(gold: Node, answer: Node) -> bool | None:
         return _all(_same(a, b) for a, b in zip(gold.args[2], answer.args[2], strict=True))
     if _is_matrix(gold) or _is_matrix(answer):
         return _same_matrix(gold, answer)
+    if gold.op == "seq" and answer.op == "app" and answer.args[0].isupper():
+        return _same(gold, Node("seq", ("(", ")", answer.args[1:])))  # a point and its name
     return False
 
 
@@ -445,7 +480,7 @@ def _all(verdicts) -> bool | None:
 
 def _is_matrix(node: Node) -> bool:
     node = strip_groups(node)
-    if node.op in ("add", "neg", "mul", "div", "transpose"):
+    if node.op in ("add", "neg", "mul", "div", "transpose", "pow"):
         return any(_is_matrix(arg) for arg in node.args if isinstance(arg, Node))
     return node.op == "matrix"
 
@@ -478,6 +513,10 @@ def matrix_rows(node: Node) -> list[list[Node]] | None:
         return _map(matrix_rows(node.args[0]), lambda x: Node("div", (x, node.args[1])))
     if node.op == "mul":
         return _scaled(*node.args)
+    if node.op == "pow" and strip(node.args[1]) in (num(2), num(3)):
+        rows = matrix_rows(node.args[0])
+        square = _product(rows, rows)
+        return square if strip(node.args[1]) == num(2) else _product(square, rows)
     if node.op == "add":
         return _summed([matrix_rows(arg) for arg in node.args])
     return None

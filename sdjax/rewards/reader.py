@@ -21,12 +21,13 @@ from sdjax.rewards.tokens import prepare, tokenize
 RELATIONS = frozenset({"=", "<", ">", "<=", ">=", "!=", "in", "equiv"})
 SET_OPERATORS = {"cup": "union", "cap": "inter", "setminus": "minus"}
 MAX_ITEMS = 64
+TRAILING = (".", ",", ";", "\\\\")  # punctuation of the sentence around an answer
 
 
 def read(text: str) -> Node:
     """The tree of an answer; raises Unreadable, TooBig (both ValueErrors)."""
     tokens = tokenize(prepare(text))
-    while tokens and (tokens[-1].text in (".", ",", ";") and tokens[-1].kind == "op"):
+    while tokens and tokens[-1].kind == "op" and tokens[-1].text in TRAILING:
         tokens.pop()
     reader = Reader(tokens)
     answer = reader.answer()
@@ -202,10 +203,27 @@ class Reader(Atoms):
         return Node("seq", ("(", ")", tuple(items)))
 
     def braced_set(self) -> Node:
-        r"""\{ ... \}."""
+        r"""\{ ... \}, or \{x : condition\}."""
         self.next()
+        if (builder := self.set_builder()) is not None:
+            return builder
         items, hedged = self.items(end=("\\}",))
         self.expect("\\}")
         if hedged:
             raise Unreadable("or inside a set")
         return Node("set", tuple(items)) if items else EMPTY_SET
+
+    def set_builder(self) -> Node | None:
+        r"""The rest of \{x \mid ...\} or \{x \in R : ...\}, or None where it is none."""
+        start = self.position
+        variable = self.next()
+        over_reals = self.is_op("in") and self.token_at(self.position + 1).text == "R"
+        if over_reals:
+            self.position += 2
+        if variable.kind != "sym" or not self.is_op("|", ":"):
+            self.position = start
+            return None
+        self.next()
+        conditions, hedged = self.items(end=("\\}",))
+        self.expect("\\}")
+        return Node("builder", (variable.text, hedged, tuple(conditions)))

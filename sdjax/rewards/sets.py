@@ -90,7 +90,25 @@ def to_set(node: Node) -> RealSet:
         return difference(to_set(node.args[0]), to_set(node.args[1]))
     if node.op == "add" and len(node.args) == 2 and node.args[1].op == "neg":
         return difference(to_set(node.args[0]), to_set(node.args[1].args[0]))
+    if node.op == "builder":
+        return _built(*node.args)
     raise Unreadable(f"no set: {node.op}")
+
+
+def _built(variable: str, either: bool, conditions: tuple[Node, ...]) -> RealSet:
+    """The set of a set-builder whose conditions bound its one variable."""
+    result = None
+    for condition in conditions:
+        if condition.op != "rel" or isolated(condition) != Node("sym", (variable,)):
+            raise Unreadable("condition of a set")
+        part = solution_set(condition)
+        if result is None:
+            result = part
+        else:
+            result = normal([*result, *part]) if either else intersection(result, part)
+    if result is None:
+        raise Unreadable("empty condition")
+    return result
 
 
 def _same(a: End, b: End) -> bool:
@@ -186,7 +204,7 @@ def solution_set(node: Node) -> RealSet:
 def isolated(node: Node) -> Node:
     """The one variable, or f(x), that an inequality bounds; raises Unreadable without one."""
     sides = {strip(member) for member in node.args[1] if symbols(member)}
-    sides = {strip(side.args[0]) if side.op == "neg" else side for side in sides}
+    sides = {strip(side.args[0]) if side.op in ("neg", "abs") else side for side in sides}
     if len(sides) != 1 or next(iter(sides)).op not in ("sym", "app"):
         raise Unreadable("not one isolated variable")
     return next(iter(sides))
@@ -203,6 +221,8 @@ def _half_line(op: str, left: Node, right: Node) -> RealSet:
         left, right, op = right, left, _MIRROR[op]
     if symbols(right):
         raise Unreadable("variable on both sides")
+    if left.op == "abs":
+        return _absolute(op, right)
     if left.op == "neg":
         right, op = Node("neg", (right,)), _MIRROR[op]
     if op == "!=":
@@ -210,6 +230,16 @@ def _half_line(op: str, left: Node, right: Node) -> RealSet:
     if op in ("<", "<="):
         return interval(NEGATIVE_INFINITY, right, False, op == "<=")
     return interval(right, INFINITY, op == ">=", False)
+
+
+def _absolute(op: str, bound: Node) -> RealSet:
+    """|x| against a bound."""
+    low, closed = Node("neg", (bound,)), op in ("<=", ">=")
+    if op in ("<", "<="):
+        return interval(low, bound, closed, closed)
+    if op == "!=":
+        return complement(to_set(Node("set", (low, bound))))
+    return complement(interval(low, bound, not closed, not closed))
 
 
 def try_set(node: Node) -> RealSet | None:

@@ -234,6 +234,7 @@ class _Lexer:
             self.math(piece) if index % 2 else self._text(piece)
 
     def _math_group(self, content: str) -> None:
+        content = content.replace("~", " ")
         if _NAME_ONLY.fullmatch(content):
             name = content.strip()
             if name in v.FUNCTIONS or name in v.LIST_FUNCTIONS:

@@ -19,14 +19,18 @@ _SPACING = re.compile(
 )
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
+_SPACED_DIGITS = re.compile(r"(?<=[0-9])[ \t\r\n]+(?=[0-9])")
 _POINT = re.compile(r"(?<=[A-Za-z])\.")
 _FORMULA = re.compile(r"[\\^_]")
 _PUNCTUATION = frozenset("()'-.,/?:&;!\"")
 
 
 def plain_text(text: str) -> str:
-    """The text that a reader sees: no style commands, braces, blanks or final full stop."""
-    text = _SPACING.sub(" ", _STYLE.sub("", text))
+    """The text that a reader sees: no style commands, braces, blanks or final full stop.
+
+    Only blanks between digits stay, as a mark: `1\\,7` is not 17.
+    """
+    text = _SPACED_DIGITS.sub("\x00", _SPACING.sub(" ", _STYLE.sub("", text)))
     text = re.sub(r"[{} \t\r\n]+", "", text.replace("\\&", "&"))
     return text.rstrip(".")
 
