@@ -63,8 +63,7 @@ def test_paper_values():
 def test_bad_value_is_named(changes, sentence):
     c = config.base()
     for path, value in changes.items():
-        *parents, name = path.split(".")
-        config.field(c, ".".join(parents))[name] = value if parents else value
+        c.update_from_flattened_dict({path: value})
     with pytest.raises(ValueError, match=sentence):
         config.check(c)
 
