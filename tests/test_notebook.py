@@ -38,6 +38,6 @@ def test_the_notebook_is_made_from_its_source_and_has_outputs():
 
 def test_the_notebook_runs_from_a_clean_kernel(tmp_path):
     """Ends with its own comparison of the gradient by hand with the compiled step."""
-    notebook = load_build().execute(FOLDER / "debug_step.py", tmp_path, timeout_s=120)
+    notebook = load_build().execute(FOLDER / "debug_step.py", tmp_path, timeout_s=300)
     printed = "".join(output.get("text", "") for output in outputs(notebook))
     assert "by hand:" in printed and "compiled:" in printed
