@@ -3,7 +3,8 @@
 XLA's own cost analysis counts the body of a loop once; here each loop counts by its trip count. The
 text is that of one device's program (`compiled.as_text()`), so all numbers are per device.
 
-FLOPs are those of matrix products (dot, convolution) and of kernels that declare theirs. Bytes are
+FLOPs are those of matrix products (dot, convolution), of the splash attention kernel (from the
+shapes it is called with) and of kernels that declare theirs. Bytes are
 what instructions outside fusions read from and write to main memory: buffers that XLA placed in
 on-chip memory (layouts with S(1) and up) are free, a slice counts as what it takes, an update in
 place as what it changes. Conditionals count as their most expensive branch. Collectives count what
@@ -121,7 +122,7 @@ def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
             name = _NAME.search(line) or re.search(r"(?:ENTRY )?([\w.\-]+)", line)
             current = computations.setdefault(name[1], [])
             entry = name[1] if line.startswith("ENTRY") else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # lines that go on after "}" continue a kernel's attributes
             current = None
         elif current is not None and (match := _LINE.match(line)):
             current.append(_instruction(line, match))
@@ -323,10 +324,30 @@ def _flops(i: Instruction, table: Mapping[str, Instruction]) -> float:
         return _dot_flops(i, table)
     if i.opcode == "convolution":
         return _convolution_flops(i, table)
+    if i.opcode == "custom-call" and i.name.startswith("splash"):
+        return _splash_flops(i, table)
     if i.opcode == "custom-call":
         match = re.search(r'"?flops"?\s*:\s*"?(\d+)', i.attributes)
         return float(match[1]) if match else 0.0
     return 0.0
+
+
+def _splash_flops(i: Instruction, table: Mapping[str, Instruction]) -> float:
+    """Causal blockwise attention: two products forward, three for dq, four for dk and dv.
+
+    Its first operands are the grid [heads or 1, query blocks, key blocks], narrower for a window;
+    then come q [..., T, C] and k [..., S, C]. Blocks are taken as square.
+    """
+    operands = [_first(table[name]) for name in i.operands if name in table]
+    grids = [s for s in operands if s.dtype.startswith("s") and len(s.dims) == 3]
+    arrays = [s for s in operands if s.dtype in ("bf16", "f32", "f16") and len(s.dims) >= 3]
+    if not grids or not arrays:
+        return 0.0
+    *heads, tokens, channels = arrays[0].dims
+    rows, width = grids[0].dims[1:]
+    blocks = sum(min(row + 1, width) for row in range(rows))
+    products = 4 if "dkv" in i.name else 3 if "_dq" in i.name else 2
+    return 2.0 * products * math.prod(heads) * blocks * (tokens / rows) ** 2 * channels
 
 
 def _dot_flops(i: Instruction, table: Mapping[str, Instruction]) -> float:

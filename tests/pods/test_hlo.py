@@ -89,6 +89,27 @@ ENTRY %main (x: f32[2,2,2,256,64], w: f32[2,2,256,64,1]) -> f32[2,2,2,256,256] {
     assert hlo.count(text).flops == 2 * (2 * 2 * 2) * 256 * 256 * 64
 
 
+def test_attention_kernels_count_and_their_text_goes_on():
+    """A kernel's attributes break lines after a brace: what follows must not get lost."""
+    text = """HloModule m
+
+ENTRY %main (q: bf16[4,2048,128], k: bf16[2,2048,128], g: s8[1,4,4], x: f32[8,16]) -> f32[8,8] {
+  %q = bf16[4,2048,128] parameter(0)
+  %k = bf16[2,2048,128] parameter(1)
+  %g = s8[1,4,4] parameter(2)
+  %x = f32[8,16] parameter(3)
+  %splash_mha_fwd.1 = bf16[4,2048,128] custom-call(%g, %q, %k), frontend_attributes={metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="attention"}
+  ROOT %y = f32[8,8] dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+"""
+    blocks = 4 * 5 // 2
+    attention = 2 * 2 * 4 * blocks * 512 * 512 * 128
+    assert hlo.count(text).flops == attention + 2 * 8 * 8 * 16
+    assert hlo.count(text.replace("fwd", "dkv")).flops == 2 * attention + 2 * 8 * 8 * 16
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_compiled_scan_of_products(dtype):
     """On this machine's own backend: 5 trips of a 64 x 32 by 32 x 32 product."""
