@@ -33,10 +33,16 @@ class Piece(NamedTuple):
 RealSet = tuple[Piece, ...]
 
 
-def strip(node: Node) -> Node:
-    """Without transparent groups, and with a signed infinity in one form."""
+def strip_groups(node: Node) -> Node:
+    """Without transparent braces and single parentheses."""
     while node.op == "group":
         node = node.args[0]
+    return node
+
+
+def strip(node: Node) -> Node:
+    """Without transparent groups, and with a signed infinity in one form."""
+    node = strip_groups(node)
     if node.op == "neg" and strip(node.args[0]) == INFINITY:
         return NEGATIVE_INFINITY
     if node.op == "quantity":

@@ -1,0 +1,57 @@
+"""A cursor over tokens: looking ahead, taking, and the bound on nesting."""
+
+from __future__ import annotations
+
+from sdjax.rewards.nodes import TooBig, Unreadable
+from sdjax.rewards.tokens import Token
+
+MAX_DEPTH = 50
+END = Token("end", "")
+
+
+class Cursor:
+    """A cursor over tokens with one position."""
+
+    def __init__(self, tokens: list[Token]) -> None:
+        self.tokens = tokens
+        self.position = 0
+        self.depth = 0
+
+    def token_at(self, position: int) -> Token:
+        return self.tokens[position] if position < len(self.tokens) else END
+
+    def peek(self) -> Token:
+        return self.token_at(self.position)
+
+    def next(self) -> Token:
+        token = self.peek()
+        self.position += 1
+        return token
+
+    def at_end(self) -> bool:
+        return self.position >= len(self.tokens)
+
+    def is_op(self, *texts: str) -> bool:
+        token = self.peek()
+        return token.kind == "op" and token.text in texts
+
+    def is_word(self, *texts: str) -> bool:
+        token = self.peek()
+        return token.kind == "word" and token.text.lower() in texts
+
+    def is_cmd(self, *texts: str) -> bool:
+        token = self.peek()
+        return token.kind == "cmd" and token.text in texts
+
+    def expect(self, text: str) -> None:
+        if not self.is_op(text):
+            raise Unreadable(f"expected {text!r} before {self.peek().text!r}")
+        self.next()
+
+    def enter(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            raise TooBig("nested too deeply")
+
+    def leave(self) -> None:
+        self.depth -= 1
