@@ -78,7 +78,7 @@ def _draw(ax: Axes, panel: Panel, xlabel: str) -> None:
     ax.set_xlabel(xlabel)
     ax.set_ylabel(panel.ylabel)
     ax.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 5, 10], integer=True))
-    ax.set_ylim(*((0.0, 1.0) if panel.unit_range else (0.0, None)))
+    ax.set_ylim(0.0, 1.0 if panel.unit_range else 1.05 * ax.get_ylim()[1])
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis="y", color="#dddddd", linewidth=0.7)
     ax.set_axisbelow(True)
