@@ -149,6 +149,41 @@ def run_ours(algo: str, args: argparse.Namespace) -> dict:
     }
 
 
+def head_memory(vocab: int, width: int, tokens: tuple[int, ...], chunk: int) -> list[dict]:
+    """The compiler's own figure for head, loss and gradient at several numbers of tokens."""
+    import jax
+    import jax.numpy as jnp
+
+    from sdjax import head
+    from sdjax.objectives import ObjectiveConfig, Slots
+
+    config = ObjectiveConfig()
+    out = []
+    for n in tokens:
+        array = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(shape, dtype)
+        slot = array(1, n)
+        slots = Slots(array(1, n, dtype=jnp.int32), slot, slot, sampler_logp=slot)
+        teacher = head.TeacherHead(hidden=array(1, n, width), weight=array(vocab, width))
+        size = head.chunk_size(1, n, vocab, chunk)
+
+        def loss(hidden, weight, teacher, slots, n=n, size=size):
+            knobs = config.knobs()
+            return head.head_loss(hidden, weight, teacher, slots, n, knobs, config, size)
+
+        program = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        args = (array(1, n, width), array(vocab, width), teacher, slots)
+        memory = program.lower(*args).compile().memory_analysis()
+        out.append(
+            {
+                "response_tokens": n,
+                "chunk": size,
+                "temp_mb": round(memory.temp_size_in_bytes / 2**20, 1),
+                "full_logits_mb": round(4 * n * vocab / 2**20),
+            }
+        )
+    return out
+
+
 def run_torch(algo: str, args: argparse.Namespace) -> dict:
     """The peers' PyTorch step in its own process and interpreter."""
     command = [args.torch_python, str(Path(args.peers) / "torch_step.py"), "--ckpt", args.ckpt]
@@ -163,7 +198,10 @@ def run_torch(algo: str, args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ckpt", required=True, help="Hugging Face folder of the model")
+    parser.add_argument("--ckpt", default="", help="Hugging Face folder of the model")
+    parser.add_argument(
+        "--memory", action="store_true", help="only compile the head at 1k, 4k and 16k tokens"
+    )
     parser.add_argument("--algo", choices=("grpo", "sdpo", "both"), default="both")
     parser.add_argument("--skewed", action="store_true", help="response lengths 16 + Exp(40)")
     parser.add_argument("--entropy", action="store_true", help="also measure both entropies")
@@ -182,6 +220,12 @@ def main() -> None:
     )
     parser.add_argument("--peers", default="../shared/peers")
     args = parser.parse_args()
+    if args.memory:
+        for line in head_memory(151936, 512, (1024, 4096, 16384), args.chunk):
+            print(json.dumps(line), flush=True)
+        return
+    if not args.ckpt:
+        parser.error("--ckpt is needed (or --memory)")
     for algo in ("grpo", "sdpo") if args.algo == "both" else (args.algo,):
         if args.torch_python:
             print(json.dumps(run_torch(algo, args)), flush=True)

@@ -50,11 +50,14 @@ def chunk_size(rows: int, slots: int, vocab: int, chunk: int = 0, target: int = 
         return max(1, min(chunk, slots))
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty:
-        rows = max(1, rows // (mesh.shape["data"] * mesh.shape["fsdp"]))
+        rows = max(1, rows // row_shards())
         vocab = max(1, vocab // mesh.shape["tensor"])
     on_cpu = jax.default_backend() == "cpu"
     target = target or (CHUNK_BYTES if on_cpu else CHUNK_BYTES_ACCELERATOR)
     most = min(slots, max(MIN_SLOTS, target // (4 * vocab * rows)))
+    divisors = [n for n in range(most, most // 2, -1) if slots % n == 0]
+    if divisors:
+        return divisors[0]  # nothing to pad, hence no padded copies of the hidden states
     even = -(-slots // -(-slots // most))  # equal chunks, so that the last is not mostly empty
     return min(slots, -(-even // MIN_SLOTS) * MIN_SLOTS)
 
@@ -77,6 +80,25 @@ def teacher_logits(teacher: TeacherHead | None) -> Array | None:
     return logits + teacher.mix * (project(teacher.other_hidden, teacher.other_weight) - logits)
 
 
+def row_shards() -> int:
+    """Over how many devices the rows of a batch are spread, on the mesh in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def _weight_gradient(dlogits_BRV: Array, hidden_BRD: Array, shards: int, dtype: Any) -> Array:
+    """Gradient of the head weight [shards, V, D], each device summing over its own rows only.
+
+    Summed over the first axis once after the last chunk; a sum over devices per chunk would cost as
+    much time as the chunk itself.
+    """
+    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    if shards == 1:
+        return product("brv,brd->vd", dlogits_BRV, hidden_BRD)[None]
+    split = lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+    return constrain(product("sbrv,sbrd->svd", split(dlogits_BRV), split(hidden_BRD)), "BV1")
+
+
 def _slice(tree: Any, start: Array, size: int) -> Any:
     """Slots [start, start + size) of every [B, R, ...] array of the tree."""
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, 1), tree)
@@ -88,6 +110,17 @@ def _slice_teacher(teacher: TeacherHead | None, start: Array, size: int) -> Teac
         return None
     cut = functools.partial(_slice, start=start, size=size)
     return teacher.replace(hidden=cut(teacher.hidden), other_hidden=cut(teacher.other_hidden))
+
+
+def _prepare_teacher(teacher: TeacherHead, extra: int, dtype: Any) -> TeacherHead:
+    """Pads the slots and gathers the weights in the computing dtype, both once."""
+    whole = lambda w: None if w is None else constrain(w.astype(dtype), "V1")
+    return teacher.replace(
+        hidden=_pad(teacher.hidden, extra),
+        other_hidden=_pad(teacher.other_hidden, extra),
+        weight=whole(teacher.weight),
+        other_weight=whole(teacher.other_weight),
+    )
 
 
 def _pad(tree: Any, extra: int) -> Any:
@@ -123,14 +156,16 @@ def _loop(
     extra = -R % chunk
     hidden, slots = _pad(hidden_BRD, extra), _pad(slots, extra)
     if teacher is not None:
-        teacher = teacher.replace(
-            hidden=_pad(teacher.hidden, extra), other_hidden=_pad(teacher.other_hidden, extra)
-        )
+        teacher = _prepare_teacher(teacher, extra, hidden.dtype)
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     shapes = _measured_shapes(hidden, weight_VD, teacher, slots, config, knobs)
     seen = {name: jnp.zeros(s.shape, s.dtype) for name, s in shapes.items()}
-    weight = weight_VD.astype(hidden.dtype)
-    grads = (jnp.zeros(hidden.shape, dtype), jnp.zeros(weight.shape, dtype)) if with_grad else ()
+    weight = constrain(weight_VD.astype(hidden.dtype), "V1")  # gathered once, not in every chunk
+    shards = row_shards() if B % row_shards() == 0 else 1
+    grads = ()
+    if with_grad:
+        dweight = constrain(jnp.zeros((shards, *weight.shape), dtype), "BV1")
+        grads = (jnp.zeros(hidden.shape, dtype), dweight)
 
     def body(i: Array, carry: tuple) -> tuple:
         loss, seen, grads = carry
@@ -150,8 +185,7 @@ def _loop(
             dhidden, dweight = grads
             d = jnp.einsum("brv,vd->brd", dlogits, weight, preferred_element_type=dtype)
             dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, d, start, 1)
-            dweight += jnp.einsum("brv,brd->vd", dlogits, hidden_part, preferred_element_type=dtype)
-            grads = (dhidden, dweight)
+            grads = (dhidden, dweight + _weight_gradient(dlogits, hidden_part, shards, dtype))
         else:
             value, measured = chunk_loss(logits)
         seen = {
@@ -165,7 +199,7 @@ def _loop(
     seen = {name: x[:, :R] for name, x in seen.items()}
     if not with_grad:
         return loss, seen, None, None
-    return loss, seen, grads[0][:, :R], grads[1]
+    return loss, seen, grads[0][:, :R], grads[1].sum(0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
