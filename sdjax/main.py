@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from sdjax import config, distributed, profiling
+from sdjax.objectives.guards import HealthError
 
 MODULES = {
     "train": "sdjax.train",
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> None:
                 run(c, workdir, session.stop)
         else:
             run(c, workdir)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, HealthError) as error:
         if os.environ.get("SDJAX_DEBUG"):
             raise
         _fail(f"{error} (SDJAX_DEBUG=1 shows the traceback)")

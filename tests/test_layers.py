@@ -18,6 +18,7 @@ LAYERS = {
     "rewards": 1,
     "teacher": 1,
     "config": 1,
+    "validation": 1,
     "optimizer": 1,
     "models": 2,
     "head": 2,
@@ -39,7 +40,14 @@ LAYERS = {
     "doctor": 4,
     "main": 5,
 }
-WITHOUT_JAX = ("sdjax.records", "sdjax.config", "sdjax.rewards", "sdjax.data", "sdjax.teacher")
+WITHOUT_JAX = (
+    "sdjax.records",
+    "sdjax.config",
+    "sdjax.validation",
+    "sdjax.rewards",
+    "sdjax.data",
+    "sdjax.teacher",
+)
 
 
 def _room(path: pathlib.Path) -> str:

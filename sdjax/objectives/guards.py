@@ -5,7 +5,6 @@ They read the step's metrics (`sdjax.measure`) and the config; thresholds are in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,20 +36,4 @@ def check_skipped(metrics: Mapping[str, Any], limit: int) -> None:
         raise HealthError(
             f"{count} updates in a row had a non-finite gradient and were skipped (config.guard."
             f"max_skipped is {limit}): lower config.optimizer.lr, or compute in float32 to find out"
-        )
-
-
-def check_sampling(c: Any) -> None:
-    """Refuses importance ratios over the whole vocabulary when the sampler's was cut.
-
-    With top-p, top-k or min-p the sampler draws from another distribution than the one whose
-    probabilities enter the ratios (METHODS 7.3). Allowed by name only.
-    """
-    s, o = c.sampling, c.objective
-    truncated = s.top_p < 1 or s.top_k > 0 or s.min_p > 0
-    if truncated and math.isfinite(o.rollout_is_clip) and not o.allow_truncated_sampling:
-        raise ValueError(
-            f"config.sampling top_p={s.top_p}, top_k={s.top_k}, min_p={s.min_p} cut the sampler's "
-            "distribution while importance ratios use the whole one, which biases them: sample "
-            "untruncated, or set config.objective.allow_truncated_sampling=True"
         )

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax.config import base
+from sdjax.config import base, check
 from sdjax.objectives import guards
 
 
@@ -26,9 +26,9 @@ def test_skipped_updates_in_a_row_stop_the_run():
 def test_truncated_sampling_with_importance_ratios_is_refused(field):
     """Ratios over the whole vocabulary of tokens that were drawn from a part of it."""
     c = base()
-    guards.check_sampling(c)
+    check(c)
     setattr(c.sampling, *field)
     with pytest.raises(ValueError, match="allow_truncated_sampling"):
-        guards.check_sampling(c)
+        check(c)
     c.objective.allow_truncated_sampling = True
-    guards.check_sampling(c)
+    check(c)
