@@ -154,14 +154,17 @@ class Buckets:
         return _round_up(min(max(1, self.prefill_tokens // padded), self.rows[-1]), self.shards)
 
     def prefill_sizes(self, padded: int) -> tuple[int, ...]:
-        """Batch sizes compiled at this padded length: a quarter for latecomers, and a full one."""
+        """Batch sizes compiled at this padded length: a small one for latecomers, and a full one."""
         full = self.prefill_rows(padded)
-        quarter = _round_up(max(1, full // 4), self.shards)
-        return (quarter, full) if quarter < full else (full,)
+        small = _round_up(max(1, full // 8), self.shards)
+        return (small, full) if small < full else (full,)
 
     def prefill_size(self, prompts: int, padded: int) -> int:
-        """The smallest batch size that holds so many prompts."""
-        return next(size for size in self.prefill_sizes(padded) if size >= prompts)
+        """The batch size for so many prompts: full ones while they last, then small ones."""
+        return max(
+            (size for size in self.prefill_sizes(padded) if size <= prompts),
+            default=self.prefill_sizes(padded)[0],
+        )
 
     def prefills(self) -> list[tuple[int, int]]:
         """All (rows, padded length) of prefill."""

@@ -43,10 +43,16 @@ class CacheSpec:
     pages: bool = False
 
     @classmethod
-    def of(cls, cfg: ModelConfig, dtype: str, layout: str = "rows") -> CacheSpec:
-        """The cache of a model; `layout` is "rows", "pages", or "auto": pages where they pay."""
+    def of(
+        cls, cfg: ModelConfig, dtype: str, layout: str = "rows", backend: str | None = None
+    ) -> CacheSpec:
+        """The cache of a model; `layout` is "rows", "pages", or "auto": pages where they pay.
+
+        `backend` is the platform to plan for, if not the one this process has.
+        """
         if layout == "auto":
-            kernel = jax.default_backend() == "tpu" and paged.supported(cfg.head_dim, dtype)
+            on_tpu = (backend or jax.default_backend()) == "tpu"
+            kernel = on_tpu and paged.supported(cfg.head_dim, dtype)
             layout = "pages" if kernel else "rows"
         if layout == "pages" and dtype == "int8":
             raise ValueError("rollout.cache_layout='pages' has no int8: use 'rows' or 'auto'")

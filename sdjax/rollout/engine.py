@@ -326,26 +326,23 @@ class _Run:
             free = free[count:]
 
     def _prefill(self) -> _Prefilled:
-        """Prefills the next prompts of the queue; every response of a prompt shares its row."""
+        """Prefills the first prompt of the queue and others that are padded to the same length.
+
+        Every response of a prompt shares its row; what is left stays in the queue in order.
+        """
         started = time.perf_counter()
-        prompts: dict[int, Request] = {}
-        waiting = collections.deque()
-        limit = self.buckets.prefill_rows(self._first_padded())
-        padded = 0
-        while self.queue:
-            response = self.queue[0]
-            request = response.request
-            grown = max(padded, self.buckets.prompt_for(len(request.prompt_tokens) - 1))
-            if request.id not in prompts:
-                if len(prompts) == min(limit, self.buckets.prefill_rows(grown)):
-                    break
-                padded = grown
-                prompts[request.id] = request
-            waiting.append((list(prompts).index(request.id), self.queue.popleft()))
-        rows = self.buckets.prefill_size(len(prompts), padded)
+        bucket = lambda request: self.buckets.prompt_for(len(request.prompt_tokens) - 1)
+        padded = bucket(self.queue[0].request)
+        alike = {r.request.id: r.request for r in self.queue if bucket(r.request) == padded}
+        rows = self.buckets.prefill_size(len(alike), padded)
+        prompts = list(alike.values())[:rows]
+        row_of = {request.id: row for row, request in enumerate(prompts)}
+        taken = [response for response in self.queue if response.request.id in row_of]
+        self.queue = collections.deque(r for r in self.queue if r.request.id not in row_of)
+        waiting = collections.deque((row_of[r.request.id], r) for r in taken)
         tokens_PT = np.full((rows, padded), self.engine.pad_id, np.int32)
         length_P = np.zeros(rows, np.int32)
-        for row, request in enumerate(prompts.values()):
+        for row, request in enumerate(prompts):
             cached = request.prompt_tokens[:-1]
             tokens_PT[row, : len(cached)] = cached
             length_P[row] = len(cached)
@@ -354,9 +351,6 @@ class _Run:
         self.stats["prefill_s"] += time.perf_counter() - started
         self.stats["prompt_tokens"] += int(length_P.sum())
         return _Prefilled(layers, padded, waiting)
-
-    def _first_padded(self) -> int:
-        return self.buckets.prompt_for(len(self.queue[0].request.prompt_tokens) - 1)
 
     def _place(self, slots: list[int], taken) -> None:
         """Copies prompts from the batch into slots and books their responses."""

@@ -1,0 +1,272 @@
+"""Useful response tokens per second of the sampling engine, beside transformers and the machine.
+
+    python benchmarks/rollout.py --ckpt DIR [--torch-python PYTHON] [--reps 5]
+
+prints one JSON line per engine, each measured in a process of its own:
+
+    sdjax          the engine: slots refilled from the queue
+    longest        the same programs without refill: batches that run to their longest response
+    equal          the engine when all responses are equally long, beside `ideal_s`: the steps that
+                   many tokens need, each as long as a full step of the same run
+    limit          the bare matrix products and cache reads of the useful tokens, nothing else
+    transformers   `generate` on PyTorch, as often as there are batch sizes (--torch-python)
+
+The workload is `--requests` random prompts of 16 to 64 tokens and log-normal response lengths with
+median 32, cut at 256; temperature 1, no end token, float32. `seconds` is the median of `reps` runs
+after one that compiles. Neighbours on the machine disturb wall time, so every line also has the CPU
+seconds of the whole process (`cpu_s`), and `tokens_per_cpu_s`.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import numpy as np
+
+FIRST_ID = 10
+
+
+def workload(vocab: int, count: int, median: int, longest: int, equal: bool):
+    """Prompts as lists of ids, and the length of each response."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(FIRST_ID, vocab, rng.integers(16, 65)).tolist() for _ in range(count)]
+    lengths = np.clip(np.round(median * np.exp(rng.normal(size=count))), 1, longest).astype(int)
+    lengths[-1] = longest
+    return prompts, np.full(count, median) if equal else lengths
+
+
+def timed(run, reps: int):
+    """Wall and CPU seconds of `reps` calls after one that compiles."""
+    start = time.perf_counter()
+    run()
+    first, out = time.perf_counter() - start, []
+    for _ in range(reps):
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        out.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return first, out
+
+
+def report(engine: str, args, runs, first: float, tokens: int, **extra) -> None:
+    """Prints the JSON line of an engine."""
+    wall = statistics.median(w for w, _ in runs)
+    cpu = statistics.median(c for _, c in runs)
+    line = dict(
+        engine=engine,
+        ckpt=pathlib.Path(args.ckpt).name,
+        requests=args.requests,
+        useful_tokens=int(tokens),
+        seconds=round(wall, 3),
+        seconds_all=[round(w, 3) for w, _ in runs],
+        cpu_s=round(cpu, 3),
+        tokens_per_s=round(tokens / wall, 1),
+        tokens_per_cpu_s=round(tokens / cpu, 1),
+        first_s=round(first, 1),
+        peak_mb=round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        load1=round(os.getloadavg()[0], 1),
+    )
+    print(json.dumps(line | extra), flush=True)
+
+
+def setup(args, equal: bool):
+    """Engine, weights and requests of the workload."""
+    import jax
+
+    from sdjax.models import hf
+    from sdjax.parallel import single_device_mesh
+    from sdjax.records import Request, SamplingParams
+    from sdjax.rollout import Engine, EngineConfig
+
+    cfg, params = hf.load(args.ckpt)
+    prompts, lengths = workload(cfg.vocab_size, args.requests, args.median, args.longest, equal)
+    engine = Engine(
+        cfg,
+        EngineConfig(
+            slots=args.slots,
+            max_prompt_len=64,
+            max_new_tokens=args.longest,
+            chunk=args.chunk,
+            row_halvings=args.row_halvings,
+        ),
+        single_device_mesh(),
+        end_token_ids=[],
+    )
+    weights = engine.prepare(params)
+    jax.block_until_ready(weights.params)
+    del params
+    requests = [
+        Request(i, tuple(prompt), 1, SamplingParams(max_new_tokens=int(length)))
+        for i, (prompt, length) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    return engine, weights, requests, int(lengths.sum())
+
+
+def memory_line(engine, weights) -> dict:
+    """Megabytes of weights and of the cache at its largest."""
+    import jax
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.params))
+    cache = engine.spec.nbytes(engine.cfg.slots, engine.buckets.lengths[-1])
+    return dict(weights_mb=round(size / 2**20), cache_mb=round(cache / 2**20))
+
+
+def run_sdjax(args, equal=False) -> None:
+    engine, weights, requests, tokens = setup(args, equal)
+
+    def run():
+        engine.reset_stats()
+        assert sum(len(c.tokens) for c in engine.generate(weights, requests)) == tokens
+
+    first, runs = timed(run, args.reps)
+    stats = engine.stats()
+    keep = ("occupancy", "steps", "decode_s", "prefill_s", "compilations")
+    extra = {name: round(stats[name], 3) for name in keep} | memory_line(engine, weights)
+    if equal:
+        per_step = stats["decode_s"] / stats["steps"]
+        ideal = tokens / args.slots * per_step
+        extra |= dict(ideal_s=round(ideal, 3), of_ideal=round(ideal / stats["seconds"], 3))
+    report("equal" if equal else "sdjax", args, runs, first, tokens, slots=args.slots, **extra)
+
+
+def run_longest(args) -> None:
+    args.row_halvings = 0
+    engine, weights, requests, tokens = setup(args, equal=False)
+    batches = [requests[i : i + args.slots] for i in range(0, len(requests), args.slots)]
+
+    def run():
+        engine.reset_stats()
+        done = [c for batch in batches for c in engine.generate(weights, batch)]
+        assert sum(len(c.tokens) for c in done) == tokens
+
+    first, runs = timed(run, args.reps)
+    occupancy = round(engine.stats()["occupancy"], 3)
+    report("longest", args, runs, first, tokens, slots=args.slots, occupancy=occupancy)
+
+
+def run_limit(args) -> None:
+    """Times one step's products at full slots, and charges the useful tokens for it."""
+    import jax
+    import jax.numpy as jnp
+
+    from sdjax.models import decoder, hf
+
+    cfg, params = hf.load(args.ckpt)
+    prompts, lengths = workload(cfg.vocab_size, args.requests, args.median, args.longest, False)
+    params = decoder.unstack_layers(params, cfg)
+    # cached tokens that a useful token reads on average
+    live = [np.arange(len(p), len(p) + n) for p, n in zip(prompts, lengths, strict=True)]
+    seen = round(float(np.concatenate(live).mean()))
+    B, N, C = args.slots, cfg.n_kv_heads, cfg.head_dim
+    caches = [(jnp.ones((B, N, C, seen)), jnp.ones((B, N, seen, C))) for _ in range(cfg.n_layers)]
+
+    @jax.jit
+    def products(params, caches, x_BD):
+        for layer, (k, v) in zip(params["layers"], caches, strict=True):
+            q_BHC = jnp.einsum("bd,dhc->bhc", x_BD, layer["w_q"])
+            for name in ("w_k", "w_v"):
+                q_BHC = q_BHC + jnp.einsum("bd,dnc->bnc", x_BD, layer[name]).sum()
+            q_BNGC = q_BHC.reshape(B, N, -1, C)
+            score = jnp.einsum("bngc,bncs->bngs", q_BNGC, k)
+            out = jnp.einsum("bngs,bnsc->bngc", score, v).reshape(B, -1, C)
+            x_BD = x_BD + jnp.einsum("bhc,hcd->bd", out, layer["w_o"])
+            gate = jnp.einsum("bd,df->bf", x_BD, layer["w_gate"])
+            up = jnp.einsum("bd,df->bf", x_BD, layer["w_up"])
+            x_BD = x_BD + jnp.einsum("bf,fd->bd", gate * up, layer["w_down"])
+        return jnp.einsum("bd,vd->bv", x_BD, decoder.head_weight(params, cfg))
+
+    x_BD = jnp.ones((B, cfg.d_model)) * 1e-3
+    first, runs = timed(lambda: jax.block_until_ready(products(params, caches, x_BD)), 20)
+    tokens = int(lengths.sum())
+    runs = [(wall * tokens / B, cpu * tokens / B) for wall, cpu in runs]
+    step_ms = round(statistics.median(w for w, _ in runs) * B / tokens * 1e3, 2)
+    report("limit", args, runs, first, tokens, slots=B, step_ms=step_ms, cached_tokens=seen)
+
+
+def run_transformers(args) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
+
+    model = AutoModelForCausalLM.from_pretrained(args.ckpt, dtype=torch.float32).eval()
+    model.generation_config.eos_token_id = None
+    vocab = model.config.vocab_size
+    prompts, lengths = workload(vocab, args.requests, args.median, args.longest, False)
+
+    class Stop(StoppingCriteria):
+        def __init__(self, width, wanted):
+            self.width, self.wanted = width, torch.as_tensor(wanted)
+
+        def __call__(self, ids, scores, **kwargs):
+            return ids.shape[1] - self.width >= self.wanted
+
+    def run():
+        for start in range(0, len(prompts), args.slots):
+            batch, wanted = (x[start : start + args.slots] for x in (prompts, lengths))
+            width = max(map(len, batch))
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(batch):
+                ids[row, width - len(prompt) :] = torch.tensor(prompt)
+                mask[row, width - len(prompt) :] = 1
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=int(max(wanted)),
+                pad_token_id=0,
+                eos_token_id=None,
+                stopping_criteria=StoppingCriteriaList([Stop(width, wanted)]),
+            )
+            assert out.shape[1] - width == max(wanted)
+
+    with torch.inference_mode():
+        first, runs = timed(run, args.reps)
+    report("transformers", args, runs, first, int(lengths.sum()), slots=args.slots)
+
+
+ENGINES = {
+    "limit": run_limit,
+    "sdjax": run_sdjax,
+    "longest": run_longest,
+    "equal": lambda args: run_sdjax(args, equal=True),
+    "transformers": run_transformers,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ckpt", required=True)
+    parser.add_argument("--engine", choices=tuple(ENGINES), nargs="*")
+    parser.add_argument("--torch-python", help="a Python with torch and transformers")
+    parser.add_argument("--torch-batches", type=int, nargs="*", default=[32, 64])
+    parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--median", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=256)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--chunk", type=int, default=32)
+    parser.add_argument("--row-halvings", type=int, default=3)
+    args = parser.parse_args()
+    if args.engine and len(args.engine) == 1:
+        ENGINES[args.engine[0]](args)
+        return
+    for engine in args.engine or ENGINES:
+        command = [sys.executable, *sys.argv, "--engine", engine]
+        if engine != "transformers":
+            subprocess.run(command, check=True)
+        elif args.torch_python:
+            for batch in args.torch_batches:
+                command = [args.torch_python, *sys.argv, "--slots", str(batch)]
+                subprocess.run([*command, "--engine", engine], check=True)
+
+
+if __name__ == "__main__":
+    main()
