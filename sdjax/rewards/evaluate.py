@@ -23,6 +23,7 @@ Value = Any  # Fraction, or mpf and mpc of a context
 MAX_BITS = 60_000  # of an exact rational
 MAX_MAGNITUDE = 200_000  # binary exponent of a real number
 MAX_FACTORIAL = 3_000
+MAX_GAMMA_DIGITS = 300  # the gamma function takes a second at 800
 MAX_NODES = 500
 
 
@@ -252,7 +253,7 @@ def _fact(args, scope):
             raise TooBig("factorial")
         return Fraction(math.factorial(value.numerator))
     value = scope.real(value)
-    if abs(value) > MAX_FACTORIAL:
+    if abs(value) > MAX_FACTORIAL or scope.digits > MAX_GAMMA_DIGITS:
         raise TooBig("factorial")
     return scope.ctx.gamma(value + 1)
 
@@ -270,7 +271,7 @@ def _binom(args, scope):
             raise TooBig("binomial")
         return math.prod((top - j for j in range(k)), start=Fraction(1)) / math.factorial(k)
     top, bottom = scope.real(top), scope.real(bottom)
-    if abs(top) + abs(bottom) > MAX_FACTORIAL:
+    if abs(top) + abs(bottom) > MAX_FACTORIAL or scope.digits > MAX_GAMMA_DIGITS:
         raise TooBig("binomial")
     return scope.ctx.binomial(top, bottom)
 

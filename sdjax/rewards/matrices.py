@@ -5,8 +5,11 @@ from __future__ import annotations
 from sdjax.rewards.nodes import Node, num
 from sdjax.rewards.sets import strip, strip_groups
 
+MAX_FACTORS = 6  # the entries' size grows exponentially with the matrices multiplied
+
 
 def is_matrix(node: Node) -> bool:
+    """Whether a matrix takes part in the expression."""
     node = strip_groups(node)
     if node.op in ("add", "neg", "mul", "div", "transpose", "pow"):
         return any(is_matrix(arg) for arg in node.args if isinstance(arg, Node))
@@ -15,6 +18,8 @@ def is_matrix(node: Node) -> bool:
 
 def matrix_rows(node: Node) -> list[list[Node]] | None:
     """Entries of a matrix expression: scalar multiples, sums, products, transposes."""
+    if _factors(node) > MAX_FACTORS:
+        return None
     node = strip_groups(node)
     if node.op == "matrix":
         return [list(row) for row in node.args]
@@ -36,6 +41,19 @@ def matrix_rows(node: Node) -> list[list[Node]] | None:
     if node.op == "add":
         return _summed([matrix_rows(arg) for arg in node.args])
     return None
+
+
+def _factors(node: Node) -> int:
+    """How many matrices are multiplied at most in one term."""
+    node = strip_groups(node)
+    if node.op == "matrix":
+        return 1
+    parts = [_factors(arg) for arg in node.args if isinstance(arg, Node)]
+    if node.op == "mul":
+        return sum(parts)
+    if node.op == "pow" and parts[0]:
+        return 3 * parts[0]
+    return max(parts, default=0)
 
 
 def _map(rows, function):

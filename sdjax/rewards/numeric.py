@@ -15,7 +15,7 @@ from sdjax.rewards.evaluate import Scope, Value, check_size, evaluate, is_real
 from sdjax.rewards.nodes import Node, TooBig, Undefined, mentions, symbols
 
 DIGITS = 50
-MAX_DIGITS = 3000
+MAX_DIGITS = 1500
 GUARD = 12  # digits lost to rounding in the evaluation itself
 POINTS = 5
 ATTEMPTS = 14
