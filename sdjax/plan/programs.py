@@ -239,7 +239,9 @@ def rollout_static(s: Setup) -> tuple[rollout_programs.Static, Any]:
     places = jax.tree.map(lambda x: buckets.weight_sharding(s.rollout_mesh, x), letters)
     static = rollout_programs.Static(
         model=plain,
-        cache=kv.CacheSpec.of(plain, s.engine.cache_dtype_name),
+        cache=kv.CacheSpec.of(
+            plain, s.engine.cache_dtype_name, s.engine.cache_layout, backend="tpu"
+        ),
         end_tokens=(0,),
         chunk=s.engine.chunk,
         compute_dtype=s.engine.compute_dtype,
