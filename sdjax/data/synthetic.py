@@ -317,7 +317,8 @@ def stream(split: str, seed: int = 0, level: int | None = None) -> Iterator[Prob
             last = index
             yield problem
     raise ValueError(
-        f"the synthetic split {split!r} has only about {len(seen)} distinct problems: ask for fewer"
+        f"the synthetic split {split!r} has only about {len(seen)} distinct problems: ask for "
+        "fewer (config.eval.problems, config.data.synthetic_size)"
     )
 
 

@@ -39,7 +39,7 @@ def test_no_problem_is_on_both_sides():
     for split in synthetic.SPLITS:
         for seed in (0, 1):
             sides[split in ("train", "pretrain")] |= {
-                p.prompt for p in synthetic.make_problems(split, 1500, seed=seed)
+                p.prompt for p in synthetic.make_problems(split, 800, seed=seed)
             }
     assert not sides[True] & sides[False]
 
@@ -64,9 +64,42 @@ def test_calculations_of_the_worked_solution_are_true(split):
             truth = eval(f"{a}{'%' if op == 'mod' else op}{b}")
             assert truth == int(value), problem
         assert problem.solution.endswith(f"\\boxed{{{problem.answer}}}.")
-        numbers = {int(n) for n in re.findall(r"\d+", problem.prompt)}
-        first = {int(n) for n in re.findall(r"\d+", problem.solution.splitlines()[0])[:2]}
-        assert first <= numbers | {n - 1 for n in numbers}, problem  # it works on its own question
+
+
+def answer_of(question):
+    """Solves a question from its words alone, by other means than the program behind it."""
+    n = [int(x) for x in re.findall(r"\d+", question)]
+    if question.startswith("Start"):
+        value = n[0]
+        for verb, b in re.findall(r"(add|subtract|multiply by) (\d+)", question):
+            value = {"add": value + int(b), "subtract": value - int(b)}.get(verb, value * int(b))
+        return value
+    if question.startswith(("Compute", "Find (")):
+        return eval(question.removeprefix("Compute").removeprefix("Find").replace("mod", "%")[:-1])
+    if question.startswith("Which"):
+        return max(eval(x) for x in question.split(", ")[1].split("?")[0].split(" or "))
+    if "reads" in question:
+        return n[0] * n[1] + n[2]
+    if "shares" in question:
+        return (n[0] + n[1]) % n[2]
+    if "boxes" in question:
+        return n[0] + n[1] * n[2] - n[3]
+    if question.startswith("What day"):
+        days = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+        later = eval(question.split()[3])
+        return days[(days.index(question.split()[-1][:-1]) + later) % 7]
+    if "sequence" in question:
+        return n[0] + (n[1] - n[0]) * (n[2] - 1)
+    assert question.startswith("A number plus")
+    return n[2] + n[1] - n[0]
+
+
+@pytest.mark.parametrize("split", synthetic.DISTRIBUTIONS)
+def test_the_answer_is_that_of_the_question_asked(split):
+    """Catches a question whose words say something else than the program behind it does."""
+    for problem in synthetic.make_problems(split, 200, seed=9):
+        question = problem.prompt.partition("\n")[0]
+        assert str(answer_of(question)) == problem.answer, problem
 
 
 def test_the_verifier_accepts_the_solutions_words_included():
@@ -80,12 +113,13 @@ def test_the_verifier_accepts_the_solutions_words_included():
 def test_out_of_distribution_sets_are_what_they_say():
     train = synthetic.make_problems("train", 300)
     longest = max(len(p.meta["steps"]) for p in train)
-    biggest = max(int(n) for p in train for n in re.findall(r"\d+", p.prompt))
     families = {p.meta["family"] for p in train}
     steps = synthetic.make_problems("ood_steps", 100)
     assert np.mean([len(p.meta["steps"]) for p in steps]) > longest
+    second = lambda p: max(b for _, _, b in p.meta["steps"] if isinstance(b, int))
+    assert max(second(p) for p in train if p.meta["family"] != "comparison") < 10
     large = synthetic.make_problems("ood_large", 100)
-    assert np.mean([biggest < max(map(int, re.findall(r"\d+", p.prompt))) for p in large]) > 0.8
+    assert np.mean([second(p) > 9 for p in large if p.meta["family"] != "comparison"]) > 0.8
     unseen = {p.meta["family"] for p in synthetic.make_problems("ood_family", 100)}
     assert not unseen & families
 
@@ -149,7 +183,7 @@ def test_checking_raises_accuracy_and_hedges_mark_doubt():
             values.append(synthetic.apply_op(op, a, b))
             line, value, _ = reasoner._work_step(rng, blind, op, a, b, True)
             slips[sum(epistemic.count(line).values()) > 0].append(value != values[-1])
-    assert np.mean(slips[True]) > np.mean(slips[False]) + 0.1
+    assert np.mean(slips[True]) > np.mean(slips[False]) + 0.04
 
 
 def test_examples_are_pure_and_privileged_ones_are_sure():
