@@ -13,6 +13,8 @@ MAX_ITEMS = 64
 
 def spread(node: Node) -> Node:
     """Write every plus-minus out: `1 \\pm x` becomes the list of its two values."""
+    while node.op == "group":
+        node = node.args[0]
     if node.op in COLLECTIONS:
         items = [variant for item in node.args for variant in _variants(item)]
         if len(items) > MAX_ITEMS:

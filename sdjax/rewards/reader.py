@@ -185,7 +185,7 @@ class Reader(Atoms):
     def bracketed(self) -> Node:
         """( ... ), [ ... ], and their half-open mixtures; one item in a matching pair is itself."""
         opening = self.next().text
-        items, _ = self.items(end=(")", "]", "(", "["))
+        items, _ = self.items(end=(")", "]"))
         closing = self.next().text if self.is_op(")", "]") else None
         if closing is None:
             raise Unreadable("unclosed bracket")

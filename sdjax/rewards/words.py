@@ -15,8 +15,12 @@ _STYLE = re.compile(
     + r")(?![A-Za-z])"
 )
 _SPACING = re.compile(
-    r"\\(?:" + "|".join(sorted(v.SPACING, key=len, reverse=True)) + r")(?![A-Za-z])|\\[,;:!> ]|~|\$"
+    r"\\(?:"
+    + "|".join(sorted(v.SPACING, key=len, reverse=True))
+    + r")(?![A-Za-z])|\\[,;:!>()\[\] ]|~|\$|\\\\\s*\Z"
 )
+_COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
+_OPTION_TEXT = re.compile(r"(?:[A-Za-z']{2,}|\d+(?:\.\d+)?)+")
 _LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
 _SPACED_DIGITS = re.compile(r"(?<=[0-9])[ \t\r\n]+(?=[0-9])")
@@ -30,7 +34,7 @@ def plain_text(text: str) -> str:
 
     Only blanks between digits stay, as a mark: `1\\,7` is not 17.
     """
-    text = _SPACED_DIGITS.sub("\x00", _SPACING.sub(" ", _STYLE.sub("", text)))
+    text = _SPACED_DIGITS.sub("\x00", _SPACING.sub(" ", _STYLE.sub("", _COLOR.sub("", text))))
     text = re.sub(r"[{} \t\r\n]+", "", text.replace("\\&", "&"))
     return text.rstrip(".")
 
@@ -83,11 +87,12 @@ def same_letter(letter: str, styled: bool, answer: str) -> bool:
     if not styled:
         return False
     choices = _CHOICE.findall(text)
+    option_text = text.removeprefix(f"({letter})")
     words = {word.casefold() for word in re.findall(r"[A-Za-z']+", _STYLE.sub(" ", answer))}
     return (
         text.startswith(f"({letter})")
         and len(choices) == 1
-        and "," not in text
+        and _OPTION_TEXT.fullmatch(option_text) is not None
         and not words & v.HEDGES
     )
 
