@@ -148,13 +148,18 @@ def _objective() -> ConfigDict:
     o.distill_coef = 1.0  # c_d, weight of the distillation loss; SDPO 1
     o.kl_coef = 0.0  # weight of the KL to the initial policy [P Table 9: 0]
     o.entropy_coef = 0.0  # weight of the entropy bonus [S: 0]
+    o.direction = 1.0  # distillation towards (+1) or away from (-1) the teacher
     o.loss_agg = "rows-incl-masked"  # METHODS 1.3: what the released scripts really compute
+    o.norm_n = 0.0  # divisor of seq-mean-token-sum-norm; 0 = sampling.max_new_tokens
     # Policy gradient [P Table 9]
     o.clip_low = 0.2  # eps_low
     o.clip_high = 0.28  # eps_high, "clip-higher"
     o.dual_clip = 3.0  # c of dual clip; inf = off
     o.norm_adv_by_std = False  # the paper's GRPO is mean-centred only [S]
     o.kl_estimator = "k3"  # k1, k2, k3 or abs
+    o.mod = "none"  # the teacher modulates advantages: none, add_u, anti_phi (AntiSD), mult_rlsd
+    o.mod_lam = 0.5  # lambda of the modulation [AntiSD, RLSD: 0.5]
+    o.mod_eps_w = 0.2  # clip of RLSD's evidence weight
     # Distillation [P Table 10]
     o.alpha = 0.5  # JSD mixture; 0 forward KL, 1 reverse KL
     o.support = "student_topk"  # student_topk, teacher_topk, full, sampled

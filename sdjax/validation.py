@@ -33,6 +33,7 @@ CHOICES: Mapping[str, tuple] = {
         "token-mean",
     ),
     "objective.kl_estimator": ("k1", "k2", "k3", "abs"),
+    "objective.mod": ("none", "add_u", "anti_phi", "mult_rlsd"),
     "objective.support": ("student_topk", "teacher_topk", "full", "sampled"),
     "objective.rollout_is_level": ("token", "sequence"),
     "teacher.kind": ("fixed", "ema", "snapshot", "live", "trust_region"),

@@ -67,7 +67,8 @@ def reference_attention(
     B, T, H, C = q_BTHC.shape
     N = k_BSNC.shape[2]
     q_BTNGC = q_BTHC.reshape(B, T, N, H // N, C)
-    score = jnp.einsum("btngc,bsnc->bngts", q_BTNGC, k_BSNC, preferred_element_type=jnp.float32)
+    wide = jnp.promote_types(q_BTHC.dtype, jnp.float32)
+    score = jnp.einsum("btngc,bsnc->bngts", q_BTNGC, k_BSNC, preferred_element_type=wide)
     seen_BTS = _seen(q_segment_BT, kv_segment_BS, q_offset, window)
     score = jnp.where(seen_BTS[:, None, None], score * C**-0.5, MASKED)
     prob = jax.nn.softmax(score, axis=-1).astype(v_BSNC.dtype)

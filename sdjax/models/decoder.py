@@ -115,10 +115,10 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
 
 
 def rms_norm(x: Array, weight: Array, eps: float, axes: int | tuple[int, ...] = -1) -> Array:
-    """x / rms(x) * weight over `axes`, in float32; keeps x's dtype."""
-    x32 = x.astype(jnp.float32)
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axes, keepdims=True) + eps)
-    return (x32 * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    """x / rms(x) * weight over `axes`, in float32 or wider; keeps x's dtype."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + eps)
+    return (wide * scale * weight.astype(wide.dtype)).astype(x.dtype)
 
 
 def _linear(x: Array, layer: Params, name: str, equation: str, cfg: ModelConfig, key) -> Array:

@@ -180,8 +180,9 @@ def angles(
 
 
 def rotate(x_BTHC: Array, cos_sin: tuple[Array, Array]) -> Array:
-    """Turns each pair (i, i + C/2) of a head by its angle; computes in float32, keeps x's dtype."""
+    """Turns each pair (i, i + C/2) of a head by its angle; computes in float32 or wider."""
     cos, sin = cos_sin
-    first, second = jnp.split(x_BTHC.astype(jnp.float32), 2, axis=-1)
+    wide = jnp.promote_types(x_BTHC.dtype, jnp.float32)
+    first, second = jnp.split(x_BTHC.astype(wide), 2, axis=-1)
     out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return out.astype(x_BTHC.dtype)

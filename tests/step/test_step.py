@@ -67,12 +67,12 @@ def check_finite_difference(objective, surrogate=None):
             loss, there, _ = program(state.replace(params=moved), batch, scalars)
             return loss if surrogate is None else surrogate(seen, there, batch)
 
-        eps = 3e-4  # norms and softmax are float32 inside, whatever the weights
+        eps = 1e-6
         expected = (value(eps) - value(-eps)) / (2 * eps)
         dots = jax.tree.map(lambda g, d: (g * d).sum(), grad, direction)
         actual = sum(jax.tree.leaves(dots))
         assert abs(expected) > 1e-4
-        np.testing.assert_allclose(actual, expected, rtol=1e-3)
+        np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
