@@ -64,7 +64,7 @@ def test_reference_is_the_definition(window):
     np.testing.assert_allclose(out, by_hand(*map(np.asarray, args), window), atol=1e-5)
 
 
-@pytest.mark.parametrize(("T", "block", "window"), [(40, 8, None), (41, 8, 5), (37, 16, 17)])
+@pytest.mark.parametrize(("T", "block", "window"), [(40, 8, None), (37, 16, 5)])
 def test_blockwise_matches_reference(T, block, window):
     """Rows that are no multiple of the block, and windows below, at and above a block."""
 
@@ -105,8 +105,7 @@ def test_traced_offset_sees_the_same_keys():
     np.testing.assert_allclose(part, whole[:, 24:], atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 40])
-def test_splash_matches_reference(window):
+def test_splash_matches_reference(window=40):
     """The TPU kernel, interpreted: segments, padding to whole blocks, grouped heads, gradients."""
     fn = functools.partial(attention.segment_attention, window=window, impl="splash")
     assert_like_reference(fn, example(130, B=1, H=4, N=2), window)
@@ -118,8 +117,7 @@ def test_splash_refuses_uneven_context_shards():
         attention.splash_attention(q[:, :50], k, v, segments[:, :50], segments)
 
 
-@pytest.mark.parametrize("window", [None, 6])
-def test_cudnn_mask_matches_reference(window):
+def test_cudnn_mask_matches_reference(window=6):
     """The adapter of the GPU kernel, run on XLA: there is no cuDNN here."""
 
     def fn(q, k, v, segments):
@@ -130,12 +128,11 @@ def test_cudnn_mask_matches_reference(window):
     assert_like_reference(fn, example(24), window)
 
 
-@pytest.mark.parametrize("impl", ["xla", "reference"])
-def test_same_on_a_mesh(impl):
+def test_same_on_a_mesh():
     """Rows over data, heads over tensor, tokens over context: nothing changes."""
     args = example(48)
     with jax.set_mesh(make_mesh(data=2, tensor=2, context=2)):
-        fn = functools.partial(attention.segment_attention, window=11, impl=impl)
+        fn = functools.partial(attention.segment_attention, window=11, impl="xla")
         got = [np.asarray(x) for x in value_and_grads(fn, *args)]
     wanted = value_and_grads(
         functools.partial(attention.segment_attention, window=11, impl="reference"), *args

@@ -1,6 +1,7 @@
 """The decoder against itself: scanned or unrolled, on a mesh, packed or alone, cached or not."""
 
 import dataclasses
+import functools
 
 import families
 import jax
@@ -15,12 +16,18 @@ from sdjax.parallel import make_mesh
 CFG = ModelConfig.from_hf(families.CASES["qwen3-gqa7-yarn-window"] | {"num_attention_heads": 4})
 
 
+hidden_states = jax.jit(
+    decoder.hidden_states, static_argnums=4, static_argnames=("compute_dtype", "remat")
+)
+
+
 def rows(B=2, T=12):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(3, 90, (B, T)), jnp.int32)
     return tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(T), (B, T))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def params_of(cfg):
     """Parameters with random norms and biases, as in a trained model."""
     params = decoder.init_params(cfg, jax.random.key(0))
@@ -47,16 +54,14 @@ def test_scanned_equals_unrolled(windows):
         return q * 0.1, state + keep.sum()
 
     state = jnp.arange(4.0)
-    scanned = decoder.forward(params, tokens, positions, cfg, attend=attend, layer_state=state)
-    seen.clear()
-    unrolled = decoder.forward(
-        decoder.unstack_layers(params, cfg),
-        tokens,
-        positions,
-        cfg,
-        attend=attend,
-        layer_state=tuple(state),
+    run = jax.jit(
+        lambda params, state: decoder.forward(
+            params, tokens, positions, cfg, attend=attend, layer_state=state
+        )
     )
+    scanned = run(params, state)
+    seen.clear()
+    unrolled = run(decoder.unstack_layers(params, cfg), tuple(state))
     assert tuple(seen) == windows
     np.testing.assert_allclose(scanned[0], unrolled[0], atol=2e-5)
     np.testing.assert_allclose(scanned[1], jnp.stack(unrolled[1]), rtol=1e-4)
@@ -67,52 +72,51 @@ def test_packed_sequences_do_not_see_each_other():
     params, (tokens, segments, positions) = params_of(CFG), rows(B=1)
     segments = jnp.where(jnp.arange(12) < 5, 1, 2)[None]
     positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
-    packed = decoder.hidden_states(params, tokens, segments, positions, CFG)
+    packed = hidden_states(params, tokens, segments, positions, CFG)
     for part in (slice(0, 5), slice(5, 12)):
-        alone = decoder.hidden_states(
-            params, tokens[:, part], segments[:, part], positions[:, part], CFG
-        )
+        alone = hidden_states(params, tokens[:, part], segments[:, part], positions[:, part], CFG)
         np.testing.assert_allclose(packed[:, part], alone, atol=1e-5)
 
 
 def test_a_cache_gives_the_same_as_the_whole_row():
     """Token by token through `layer_state`, as the rollout engine does."""
     params, (tokens, segments, positions) = params_of(CFG), rows(B=1)
-    whole = decoder.hidden_states(params, tokens, segments, positions, CFG)
+    whole = hidden_states(params, tokens, segments, positions, CFG)
     shape = (CFG.n_layers, 1, 12, CFG.n_kv_heads, CFG.head_dim)
-    cache = (jnp.zeros(shape), jnp.zeros(shape))
-    for t in range(12):
+    cache, index = (jnp.zeros(shape), jnp.zeros(shape)), jnp.arange(12)
 
-        def attend(q, k, v, state, window, t=t):
+    @jax.jit
+    def step(cache, t):
+        def attend(q, k, v, state, window):
             keys, values = state[0].at[:, t].set(k[:, 0]), state[1].at[:, t].set(v[:, 0])
-            first = 0 if window is None else max(0, t + 1 - window)
-            seen = keys[:, first : t + 1], values[:, first : t + 1]
-            return jax.nn.dot_product_attention(q, *seen), (keys, values)
+            seen = (index <= t) & (index > t - (12 if window is None else window))
+            return jax.nn.dot_product_attention(q, keys, values, mask=seen[None, None, None]), (
+                keys,
+                values,
+            )
 
-        hidden, cache = decoder.forward(
-            params,
-            tokens[:, t : t + 1],
-            positions[:, t : t + 1],
-            CFG,
-            attend=attend,
-            layer_state=cache,
-        )
+        token, position = tokens[:, t, None], positions[:, t, None]
+        return decoder.forward(params, token, position, CFG, attend=attend, layer_state=cache)
+
+    for t in range(12):
+        hidden, cache = step(cache, t)
         np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
     params, args = params_of(CFG), rows()
 
     def loss(params, remat):
         return jnp.sum(jnp.sin(decoder.hidden_states(params, *args, CFG, remat=remat)))
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
-        grad(params, remat),
-        grad(params, "none"),
-    )
+    wanted = grad(params, "none")
+    for remat in ("full", "dots"):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4),
+            grad(params, remat),
+            wanted,
+        )
 
 
 @pytest.mark.parametrize(
@@ -163,8 +167,8 @@ def test_rope_rotates_pairs_of_halves():
 def test_hidden_states_follow_the_compute_dtype():
     """bfloat16 compute gives bfloat16 hidden states and float32 logits, near the float32 ones."""
     params, args = params_of(CFG), rows()
-    exact = decoder.logits(params, decoder.hidden_states(params, *args, CFG), CFG)
-    hidden = decoder.hidden_states(params, *args, CFG, compute_dtype=jnp.bfloat16)
+    exact = decoder.logits(params, hidden_states(params, *args, CFG), CFG)
+    hidden = hidden_states(params, *args, CFG, compute_dtype=jnp.bfloat16)
     rough = decoder.logits(params, hidden, CFG)
     assert hidden.dtype == jnp.bfloat16 and rough.dtype == jnp.float32
     assert 1e-4 < jnp.abs(rough - exact).mean() < 0.1

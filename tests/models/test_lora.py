@@ -1,6 +1,7 @@
 """Adapters: they start as nothing, alone carry gradients, and merge into the same function."""
 
 import dataclasses
+import functools
 import json
 
 import families
@@ -21,23 +22,33 @@ TOKENS = jnp.asarray(np.random.default_rng(0).integers(3, 90, (2, 10)), jnp.int3
 POSITIONS = jnp.broadcast_to(jnp.arange(10), (2, 10))
 
 
-def hidden(params, cfg, **options):
-    return decoder.hidden_states(params, TOKENS, jnp.ones_like(TOKENS), POSITIONS, cfg, **options)
+@functools.partial(jax.jit, static_argnums=1)
+def hidden(params, cfg, dropout_key=None):
+    return decoder.hidden_states(
+        params, TOKENS, jnp.ones_like(TOKENS), POSITIONS, cfg, dropout_key=dropout_key
+    )
+
+
+@functools.cache
+def plain_params():
+    return jax.jit(decoder.init_params, static_argnums=0)(PLAIN, jax.random.key(0))
+
+
+def fresh(cfg):
+    """Parameters with adapters that do nothing yet."""
+    return jax.jit(lora.add, static_argnums=1)(plain_params(), cfg, jax.random.key(1))
 
 
 def trained():
     """Parameters whose B is no longer 0."""
-    params = lora.add(decoder.init_params(PLAIN, jax.random.key(0)), CFG, jax.random.key(1))
-    adapters, frozen = lora.split(params)
+    adapters, frozen = lora.split(fresh(CFG))
     noise = jax.random.key(2)
     adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise, x.shape), adapters)
     return lora.join(adapters, frozen)
 
 
 def test_fresh_adapters_change_nothing():
-    params = decoder.init_params(PLAIN, jax.random.key(0))
-    with_adapters = lora.add(params, CFG, jax.random.key(1))
-    np.testing.assert_array_equal(hidden(with_adapters, CFG), hidden(params, PLAIN))
+    np.testing.assert_array_equal(hidden(fresh(CFG), CFG), hidden(plain_params(), PLAIN))
 
 
 def test_merged_is_the_same_function():
@@ -45,16 +56,13 @@ def test_merged_is_the_same_function():
     params = trained()
     assert jnp.abs(hidden(params, CFG) - hidden(lora.split(params)[1], PLAIN)).max() > 0.1
     merged = lora.merge(params, CFG)
-    assert jax.tree.structure(merged) == jax.tree.structure(
-        decoder.init_params(PLAIN, jax.random.key(0))
-    )
+    assert jax.tree.structure(merged) == jax.tree.structure(plain_params())
     np.testing.assert_allclose(hidden(merged, PLAIN), hidden(params, CFG), atol=2e-5)
 
 
 def test_only_adapters_get_gradients():
     """B learns at once, A only after B has moved."""
-    params = lora.add(decoder.init_params(PLAIN, jax.random.key(0)), CFG, jax.random.key(1))
-    adapters, frozen = lora.split(params)
+    adapters, frozen = lora.split(fresh(CFG))
     grads = jax.grad(lambda a: jnp.sum(jnp.sin(hidden(lora.join(a, frozen), CFG))))(adapters)
     assert set(grads) == {f"w_{t}" for t in CFG.lora.targets}
     for grad in grads.values():
@@ -63,9 +71,7 @@ def test_only_adapters_get_gradients():
 
 def test_targets_choose_the_projections():
     cfg = dataclasses.replace(PLAIN, lora=LoraConfig(rank=3, alpha=3.0, targets=("q", "o")))
-    adapters, _ = lora.split(
-        lora.add(decoder.init_params(PLAIN, jax.random.key(0)), cfg, jax.random.key(1))
-    )
+    adapters, _ = lora.split(fresh(cfg))
     L, D, H, C = PLAIN.n_layers, PLAIN.d_model, PLAIN.n_heads, PLAIN.head_dim
     assert jax.tree.map(jnp.shape, adapters) == {
         "w_q": {"a": (L, D, 3), "b": (L, 3, H, C)},
@@ -80,16 +86,14 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
     layers = dict(params["layers"], lora={"w_v": params["layers"]["lora"]["w_v"]})
     params = {**params, "layers": layers}
     exact = hidden(params, cfg)
-    draw = jax.jit(lambda key: hidden(params, cfg, dropout_key=key))
-    draws = jnp.stack([draw(jax.random.key(i)) for i in range(200)])
+    draws = jnp.stack([hidden(params, cfg, jax.random.key(i)) for i in range(200)])
     assert jnp.abs(draws[0] - exact).max() > 1e-3
     assert jnp.abs(draws.mean(0) - exact).mean() < 0.2 * jnp.abs(draws - exact).mean()
 
 
 def test_adapters_are_sharded_like_their_matrices():
-    cfg = dataclasses.replace(CFG, n_layers=2, windows=(None, None))
-    params = decoder.init_params(dataclasses.replace(cfg, lora=None), jax.random.key(0))
-    adapters, _ = lora.split(lora.add(params, cfg, jax.random.key(1), make_mesh(fsdp=4, tensor=2)))
+    mesh = make_mesh(fsdp=4, tensor=2)
+    adapters, _ = lora.split(lora.add(plain_params(), CFG, jax.random.key(1), mesh))
     assert adapters["w_q"]["a"].sharding.spec == P(None, "fsdp", None)
     assert adapters["w_q"]["b"].sharding.spec == P(None, None, "tensor", None)
 

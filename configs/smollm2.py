@@ -1,0 +1,54 @@
+"""GRPO and SDPO on a real pretrained language model on a CPU: SmolLM2-135M-Instruct, short sums.
+
+    python -m sdjax.main --config=configs/smollm2.py --workdir=runs/smollm2          (SDPO)
+    python -m sdjax.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo
+
+`--config.model.path=FOLDER` takes a local copy instead of the hub's. Problems of one or two steps
+in plain English, answers of at most 32 tokens, low-rank adapters. The chat template shows one
+solved example, since a model of this size does not box its answers when only asked to.
+"""
+
+from ml_collections import ConfigDict
+
+from sdjax import config
+
+TEMPLATE = (
+    "<|im_start|>user\nCompute 12+5-3.<|im_end|>\n"
+    "<|im_start|>assistant\n12+5=17, 17-3=14. The answer is \\boxed{14}.<|im_end|>\n"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def grpo(c: ConfigDict) -> None:
+    """The baseline: reward alone."""
+    c.objective.pg_coef, c.objective.distill_coef = 1.0, 0.0
+
+
+VARIANTS = {"sdpo": lambda c: None, "grpo": grpo}
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The run, or its variants named in `arg` (comma separated)."""
+    c = config.base()
+    c.model.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    c.model.remat = "none"
+    c.model.lora.rank, c.model.lora.alpha = 16, 32.0
+    c.data.name, c.data.synthetic_level = "synthetic", 1
+    c.data.chat_template = TEMPLATE
+    c.data.max_prompt_len = 112
+    c.batch.prompts, c.batch.mini_prompts, c.batch.group_size = 4, 4, 4
+    c.sampling.max_new_tokens = 32
+    c.rollout.slots = 16
+    c.objective.distillation_topk = 16
+    c.teacher.context.max_len = 256
+    c.optimizer.lr = 2e-4
+    c.train.steps = 12
+    c.eval.sets = ("test",)
+    c.eval.problems, c.eval.samples, c.eval.every = 16, 2, 0
+    c.eval.temperature, c.eval.top_p, c.eval.top_k = 1.0, 1.0, 0
+    c.eval.max_new_tokens = 32
+    c.checkpoint.every = 12
+    c.log.text_every = 4
+    return config.with_variants(c, arg, VARIANTS)
