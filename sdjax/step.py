@@ -382,7 +382,7 @@ def make_score(
     """`score(params, batch) -> {"student_logp": [A, B, R], ...}`: no gradient, params not donated.
 
     Log-probabilities of the response tokens on the *student* rows with any parameters, at the
-    temperature of `objective` (1 when None), and their entropies when it asks for them.
+    temperature of `objective` (1 when None).
     """
     config = config or StepConfig()
     objective = dataclasses.replace(
@@ -392,6 +392,7 @@ def make_score(
         kl_coef=0.0,
         entropy_coef=0.0,
         mod="none",
+        with_entropy=False,
     )
 
     def score(params: Params, batch: PackedBatch) -> dict[str, Array]:
