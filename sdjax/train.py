@@ -15,10 +15,10 @@ from __future__ import annotations
 import logging
 import resource
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from sdjax import build, collect, config, distributed, profiling
@@ -43,7 +43,9 @@ log = logging.getLogger(__name__)
 EXPORT_DIR = "export"
 
 
-def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None) -> Path | None:
+def run(
+    c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None
+) -> epath.Path | None:
     """Trains from the newest checkpoint of `workdir`, or from the start; returns the report's path.
 
     None when `stop` ended the run early: its state is saved and the same command goes on.
@@ -79,6 +81,7 @@ def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None)
             guards.check_skipped(metrics, c.guard.max_skipped)
             stopping = stop.agreed()
             if stopping or step % c.checkpoint.every == 0 or step == c.train.steps:
+                writer.flush()  # rows of a step are on disk before its checkpoint
                 checkpoints.save(step, state, metrics)
             if stopping and step < c.train.steps:
                 checkpoints.close()
@@ -121,7 +124,15 @@ def train_batch(
     collected = time.perf_counter()
     contexts, context_counts = _contexts(c, parts, learner, rollouts, step)
     batches = [
-        put_batch(packing.pack(items, learner.spec), parts.mesh)
+        put_batch(
+            packing.pack(
+                items,
+                learner.spec,
+                skip_first=c.objective.skip_first,
+                prefix_len=c.objective.prefix_len,
+            ),
+            parts.mesh,
+        )
         for items in _mini_batches(c, learner, rollouts, contexts)
     ]
     packed = time.perf_counter()
@@ -323,11 +334,13 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _finish(c: ConfigDict, parts: build.Sampler, state: TrainState, workdir: str) -> Path | None:
+def _finish(
+    c: ConfigDict, parts: build.Sampler, state: TrainState, workdir: str
+) -> epath.Path | None:
     """Exports the student, writes the report and says where they are."""
     if c.checkpoint.export:
         hf.save(
-            str(Path(workdir) / EXPORT_DIR),
+            str(epath.Path(workdir) / EXPORT_DIR),
             lora.without(parts.cfg),
             build.full_params(state, parts.cfg),
             tokenizer=parts.style.tokenizer,
@@ -337,5 +350,5 @@ def _finish(c: ConfigDict, parts: build.Sampler, state: TrainState, workdir: str
     if jax.process_index() != 0:
         return None
     path = report.write_report(workdir)
-    log.info("the run is complete: report %s, model %s", path, Path(workdir) / EXPORT_DIR)
+    log.info("the run is complete: report %s, model %s", path, epath.Path(workdir) / EXPORT_DIR)
     return path
