@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
@@ -27,17 +26,6 @@ PRESERVE = ocp.training.preservation_policies
 def _leaves(state: TrainState) -> dict[str, Any]:
     """The state's arrays keyed by their path, e.g. ".params['layers']['w_q']"."""
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
-
-
-def _detached(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The leaves in buffers that nobody donates while they are being written.
-
-    On the CPU the saver reads the state's own memory after it has returned, and the next step
-    writes there; elsewhere it has copied everything to the host by then.
-    """
-    if jax.default_backend() != "cpu":
-        return leaves
-    return {name: jnp.copy(x) for name, x in leaves.items()}
 
 
 class Checkpoints:
@@ -81,7 +69,7 @@ class Checkpoints:
             return
         best = {k: v for k, v in (metrics or {}).items() if k == self._best_metric} or None
         try:
-            self._pending = self._saver.save_async(step, _detached(_leaves(state)), metrics=best)
+            self._pending = self._saver.save_async(step, _leaves(state), metrics=best)
         except OSError as error:
             self._report(step, error)
 
