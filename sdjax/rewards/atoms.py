@@ -5,7 +5,16 @@ from __future__ import annotations
 from fractions import Fraction
 
 from sdjax.rewards.functions import Functions
-from sdjax.rewards.nodes import EMPTY_SET, INFINITY, Node, TooBig, Unreadable, num, sym
+from sdjax.rewards.nodes import (
+    EMPTY_SET,
+    INFINITY,
+    Node,
+    TooBig,
+    UnknownNotation,
+    Unreadable,
+    num,
+    sym,
+)
 from sdjax.rewards.terms import UNKNOWN_FUNCTIONS, refuse, ungroup
 from sdjax.rewards.tokens import Token
 
@@ -150,7 +159,7 @@ class Atoms(Functions):
             return Node(name, (self.argument(),))
         if name.startswith("begin "):
             return self.matrix(name.removeprefix("begin "))
-        raise Unreadable(f"command {name!r}")
+        raise UnknownNotation(f"command {name!r}")
 
     def figure_letters(self) -> str:
         """Letters of a named object: a group of them, or all that follow without a gap."""
@@ -176,7 +185,7 @@ class Atoms(Functions):
     def matrix(self, name: str) -> Node:
         """Rows of an environment; bars make a determinant."""
         if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "vmatrix"):
-            raise Unreadable(f"environment {name!r}")
+            raise UnknownNotation(f"environment {name!r}")
         rows: list[tuple[Node, ...]] = []
         row: list[Node] = []
         while not self.is_cmd(f"end {name}"):

@@ -11,7 +11,7 @@ import re
 
 from sdjax.records import Verdict
 from sdjax.rewards.extract import boxed_answer, missing
-from sdjax.rewards.nodes import Node, Unreadable
+from sdjax.rewards.nodes import Node, UnknownNotation, Unreadable
 from sdjax.rewards.options import RewardConfig
 from sdjax.rewards.quick import quick_equal, squeeze
 from sdjax.rewards.registry import Reward
@@ -70,29 +70,34 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
             return False, "different"
     if (based := same_based(answer, gold)) is not None:
         return based, "equal" if based else "different"
-    try:
-        gold_node = read_answer(gold)
-    except ValueError:
-        gold_node = None
+    gold_node, gold_unknown = _read(gold)
     if words.same_words(gold, answer):
         return True, "equal"
     if gold_node is not None and gold_node.op == "words":
         return False, "different"
-    try:
-        answer_node = read_answer(answer)
-    except ValueError:
-        return None, "unreadable"
-    if gold_node is None:
-        return None, "unreadable_gold"
+    answer_node, answer_unknown = _read(answer)
+    if gold_node is None or answer_node is None:
+        # a syntax error is wrong; a command that we do not have may be known to math-verify
+        return None if gold_unknown or answer_unknown else False, "unreadable"
     if answer_node.op == "words":
         return False, "different"
     try:
         same = equality.same_answer(gold_node, answer_node)
     except Unreadable:
-        return None, "unreadable"
+        return False, "unreadable"
     except (ValueError, RecursionError):
         return False, "too_big"
     return same, {True: "equal", False: "different", None: "undecided"}[same]
+
+
+def _read(text: str) -> tuple[Node | None, bool]:
+    """(tree or None, whether only an unknown command was in the way)."""
+    try:
+        return read_answer(text), False
+    except UnknownNotation:
+        return None, True
+    except (ValueError, RecursionError):
+        return None, False
 
 
 def read_answer(text: str) -> Node:

@@ -18,6 +18,10 @@ class Unreadable(ValueError):
     """The text is not in the language of our reader."""
 
 
+class UnknownNotation(Unreadable):
+    """A LaTeX command or environment that our reader does not have: math-verify may know it."""
+
+
 class TooBig(ValueError):
     """A bound on size, depth, exponent or precision would be exceeded."""
 

@@ -68,12 +68,14 @@ def constant_ratio(left: Node, right: Node) -> float | None:
     return 1.0 if real > 0 else -1.0
 
 
-def constant_value(node: Node) -> Value | None:
-    """Value of an expression without variables at working precision, or None."""
+def real_constant(node: Node) -> Value | None:
+    """Value of a real expression without variables, as an mpf, or None where it is none."""
     check_size(node)
     if symbols(node):
         return None
-    return evaluate(node, Scope(DIGITS))
+    scope = Scope(DIGITS)
+    value = scope.real(evaluate(node, scope))
+    return value.real if is_real(value, scope) else None
 
 
 def _same_constant(left: Node, right: Node) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sdjax.rewards.nodes import INFINITY, Node, Undefined, Unreadable, symbols
-from sdjax.rewards.numeric import constant_value, same_value
+from sdjax.rewards.numeric import real_constant, same_value
 
 NEGATIVE_INFINITY = Node("neg", (INFINITY,))
 MAX_PIECES = 32
@@ -55,12 +55,10 @@ def end(node: Node, closed: bool) -> End:
     node = strip(node)
     if node == INFINITY or node == NEGATIVE_INFINITY:
         return End(node, float("inf") if node == INFINITY else float("-inf"), closed)
-    value = constant_value(node)
+    value = real_constant(node)
     if value is None:
-        raise Unreadable("variable end point")
-    if getattr(value, "imag", 0) != 0:
-        raise Unreadable("complex end point")
-    return End(node, getattr(value, "real", value), closed)
+        raise Unreadable("variable or complex end point")
+    return End(node, value, closed)
 
 
 def real_line() -> RealSet:

@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 from sdjax.rewards import vocabulary as v
-from sdjax.rewards.nodes import TooBig, Unreadable
+from sdjax.rewards.nodes import TooBig, UnknownNotation, Unreadable
 
 MAX_TOKENS = 700
 MAX_DIGITS = 1200
@@ -199,7 +199,7 @@ class _Lexer:
         elif name == "_":
             self.emit("op", "blank")
         else:
-            raise Unreadable(f"command {name!r}")
+            raise UnknownNotation(f"command {name!r}")
         return end
 
     def _delimiter(self, text: str, at: int, size: str) -> int:
