@@ -26,7 +26,7 @@ from sdjax.models.config import ModelConfig
 from sdjax.objectives.objective import ObjectiveConfig
 from sdjax.optimizer import OptimizerConfig
 from sdjax.records import Problem
-from sdjax.rewards import VerifierPool
+from sdjax.rewards import RewardConfig, VerifierPool
 from sdjax.rollout import Engine, EngineConfig
 from sdjax.teacher.context import ContextConfig
 from sdjax.types import Params, TrainState
@@ -76,12 +76,7 @@ def sampler(c: ConfigDict, mesh: Mesh) -> tuple[Sampler, Params]:
         rollout_mesh(c),
         chat.end_token_ids(model.tokenizer, model.generation),
     )
-    pool = VerifierPool(
-        workers=c.reward.workers,
-        reward=c.reward.name,
-        deadline_s=c.reward.deadline_s,
-        memory_mb=c.reward.memory_mb,
-    )
+    pool = VerifierPool(c.reward.workers, c.reward.name, config=RewardConfig.from_config(c))
     sets = {name: problems.load_set(name, c, c.eval.problems) for name in c.eval.sets}
     parts = Sampler(
         cfg, mesh, style, model.generation, engine, pool, sets, EvalConfig.from_config(c)

@@ -139,6 +139,9 @@ def _reward() -> ConfigDict:
     r.workers = 2  # verifier processes per host
     r.deadline_s = 2.0  # seconds per answer before its worker is killed
     r.memory_mb = 1024  # memory limit of a worker
+    r.max_answer_chars = 1000  # a longer answer is wrong unless it repeats the gold
+    r.box_in_unclosed_think = False  # count a box inside a <think> that never closes
+    r.fallback = True  # math-verify judges notation that our own reader does not have
     return r
 
 

@@ -29,7 +29,7 @@ def run(c: ConfigDict, workdir: str) -> None:
     with VerifierPool(
         workers=c.reward.workers,
         reward=reward,
-        config=RewardConfig(deadline_s=c.reward.deadline_s, memory_mb=c.reward.memory_mb),
+        config=RewardConfig.from_config(c),
     ) as pool:
         checks = check_golds(report.problems, pool, reward)
     overlaps = {

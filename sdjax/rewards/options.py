@@ -32,6 +32,18 @@ class RewardConfig:
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
+    def from_config(cls, c) -> RewardConfig:
+        """The options that `config.reward` sets."""
+        r = c.reward
+        return cls(
+            deadline_s=r.deadline_s,
+            memory_mb=r.memory_mb,
+            max_answer_chars=r.max_answer_chars,
+            box_in_unclosed_think=r.box_in_unclosed_think,
+            fallback=r.fallback,
+        )
+
+    @classmethod
     def from_json(cls, text: str) -> RewardConfig:
         """Inverse of `to_json`."""
         return cls(**json.loads(text))
