@@ -153,6 +153,8 @@ def _translate(origin: str, name: str, value: Any) -> dict[str, Any]:
         return {} if value else {"support": "sampled"}
     if name in AGG_NAMES:
         return {"loss_agg": AGG_SPELLINGS.get(value, value)}
+    if name in ("num_items_in_batch", "num_items"):
+        return {"loss_agg": "seq-mean-token-sum-norm", "norm_n": float(value)} if value else {}
     if name == "mode":
         return {} if "sampled" not in value else {"support": "sampled"}
     if name in ("epsilon", "clip", "cliprange"):
