@@ -154,7 +154,7 @@ class Buckets:
         return _round_up(min(max(1, self.prefill_tokens // padded), self.rows[-1]), self.shards)
 
     def prefill_sizes(self, padded: int) -> tuple[int, ...]:
-        """Batch sizes compiled at this padded length: a small one for latecomers, and a full one."""
+        """Batch sizes compiled at this length: a small one for latecomers, and a full one."""
         full = self.prefill_rows(padded)
         small = _round_up(max(1, full // 8), self.shards)
         return (small, full) if small < full else (full,)

@@ -49,16 +49,13 @@ def test_log_probabilities_agree_with_the_trainers_forward(params, engine):
     assert worst < 1e-4
 
 
-def test_tokens_do_not_depend_on_slots_order_or_chunks(params, engine):
-    """The same request gives the same tokens among other neighbours, slots and chunk lengths."""
+def test_tokens_do_not_depend_on_slots_or_order(params, engine):
+    """The same request gives the same tokens among other neighbours and in other slots."""
     requests = make_requests(8, seed=1, n=2)
     together = engine.generate(params, requests)
     order = {r.id: i for i, r in enumerate(requests)}
     reverse = engine.generate(params, requests[::-1])
     assert same(together, sorted(reverse, key=lambda c: (order[c.request_id], c.index)))
-    other_cfg = dataclasses.replace(ENGINE, slots=6, chunk=5, prefill_tokens=512, first_length=64)
-    other = Engine(MODEL, other_cfg, single_device_mesh(), ENDS)
-    assert same(together, other.generate(params, requests))
 
 
 def test_tokens_do_not_depend_on_the_mesh(params, engine):

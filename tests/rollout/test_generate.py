@@ -1,7 +1,9 @@
 """Sampling for people: the notebook's two lines and mode='generate'."""
 
+import dataclasses
 import io
 
+import numpy as np
 import pytest
 
 import sdjax.models
@@ -19,7 +21,7 @@ def model():
 def test_streamed_text_is_the_text_that_is_returned(model):
     """Catches pieces lost or printed twice, and characters cut in the middle."""
     out = io.StringIO()
-    prompts = ["What is 3 + 4?", "What is 5 * 6?"]
+    prompts = "What is 3 + 4?"
     texts = sdjax.rollout.sample(model, prompts, max_new_tokens=16, stream=True, out=out)
     assert out.getvalue() == "".join(text + "\n" for text in texts)
     again = sdjax.rollout.sample(model, prompts, max_new_tokens=16)
@@ -33,11 +35,13 @@ def test_incomplete_characters_wait_for_the_rest():
 
     out = io.StringIO()
     stream = generate.Stream(Bytes(), out)
-    import numpy as np
-
     for piece in ([72, 0xE2], [0x82], [0xAC, 33]):
         stream(0, 0, np.array(piece))
+        stream(1, 0, np.array([97]))  # the second prompt's response waits for the first's end
+        stream(0, 1, np.array([98]))  # other responses to the same prompt are not shown
     assert out.getvalue() == "H€!"
+    stream.close()
+    assert out.getvalue() == "H€!\naaa\n"
 
 
 def test_generate_mode_answers_the_config_or_the_terminal(model):
@@ -57,8 +61,6 @@ def test_generate_mode_answers_the_config_or_the_terminal(model):
 
 
 def test_a_model_without_tokenizer_is_told_so(model):
-    import dataclasses
-
     with pytest.raises(ValueError, match="has no tokenizer"):
         sdjax.rollout.sample(dataclasses.replace(model, tokenizer=None), "x")
 

@@ -51,7 +51,10 @@ def test_attention_over_pages_is_the_kernels_reference(window):
 
 
 def test_pages_sample_what_rows_sample(params, engine):
-    cfg = dataclasses.replace(ENGINE, cache_layout="pages", first_length=64)
+    """Other slots, chunks, prefill batches and another layout: the same tokens."""
+    cfg = dataclasses.replace(
+        ENGINE, cache_layout="pages", slots=6, chunk=5, prefill_tokens=512, first_length=64
+    )
     pages = Engine(MODEL, cfg, parallel.single_device_mesh(), ENDS)
     requests = make_requests(7, seed=7, n=2)
     assert same(engine.generate(params, requests), pages.generate(params, requests))

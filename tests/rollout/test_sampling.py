@@ -8,7 +8,19 @@ import pytest
 from sdjax.rollout import sampling
 
 DRAWS = 20_000
-sample = jax.jit(sampling.sample, static_argnums=(3, 4))
+_sample = jax.jit(sampling.sample, static_argnums=(3, 4))
+
+
+def sample(logits_BV, settings, uniform_B2, candidates=16, by_row=False, forced_B=None):
+    """The jitted sampler with arguments of one kind, so that equal shapes compile once."""
+    rows = logits_BV.shape[0]
+    forced_B = np.full(rows, -1) if forced_B is None else forced_B
+    uniform_B2 = np.broadcast_to(np.asarray(uniform_B2, np.float32), (rows, 2))
+    strong = lambda x: np.asarray(x, np.asarray(x).dtype)
+    arrays = jax.tree.map(strong, (logits_BV, settings))
+    return _sample(*arrays, uniform_B2, candidates, by_row, forced_B.astype(np.int32))
+
+
 SETTINGS = {
     "plain": dict(),
     "cold": dict(temperature=0.6),
@@ -131,7 +143,7 @@ def test_rows_with_different_settings_do_not_touch_each_other():
         jnp.asarray([0, 0, 0, 0.2, 0, 0, 0.01, 0], jnp.float32),
     )
     uniform_B2 = jnp.asarray(rng.random((8, 2)), jnp.float32)
-    together = sample(logits_BV, s, uniform_B2, 16)
+    together = sample(logits_BV, s, uniform_B2)
     for b in range(8):
         alike = lambda x, b=b: jnp.broadcast_to(x[b : b + 1], x.shape)
         alone = sample(alike(logits_BV), jax.tree.map(alike, s), alike(uniform_B2), 16)
@@ -141,7 +153,7 @@ def test_rows_with_different_settings_do_not_touch_each_other():
 
 def test_greedy_takes_the_first_of_the_largest():
     logits_BV = padded([[0.0, 3.0, 3.0, 1.0], [5.0, 1.0, 1.0, 5.0]])
-    draw = sample(logits_BV, settings(8, temperature=0.0), jnp.full((8, 2), 0.99), 16)
+    draw = sample(logits_BV, settings(8, temperature=0.0), 0.99)
     assert draw.token.tolist()[:2] == [1, 0]
     assert draw.truncated_logp.tolist() == [0.0] * 8
     expected_B = jax.nn.log_softmax(logits_BV)[jnp.arange(8), draw.token]
@@ -166,7 +178,7 @@ def test_streams_depend_on_every_name_and_on_nothing_else():
 
 def test_broken_logits_are_reported_not_sampled_over():
     logits_BV = jnp.zeros((8, 512)).at[1, 5].set(jnp.nan).at[2, 7].set(jnp.inf).at[3].set(-jnp.inf)
-    draw = sample(logits_BV, settings(8, top_p=0.9), jnp.full((8, 2), 0.5), 16)
+    draw = sample(logits_BV, settings(8, top_p=0.9), 0.5)
     assert draw.finite.tolist() == [True, False, False, False] + [True] * 4
 
 
@@ -175,16 +187,16 @@ def test_masked_tokens_are_never_drawn():
     logits_V = jnp.full(512, -jnp.inf).at[jnp.asarray([130, 131, 390])].set(0.0)
     top = 1 - 2**-24
     uniform_B2 = jnp.asarray([[0, 0], [0, top], [top, 0], [top, top]] * 2, jnp.float32)
-    draw = sample(jnp.broadcast_to(logits_V, (8, 512)), settings(8), uniform_B2, 16)
+    draw = sample(jnp.broadcast_to(logits_V, (8, 512)), settings(8), uniform_B2)
     assert draw.token.tolist()[:4] == [130, 131, 390, 390]
 
 
 def test_forced_tokens_are_scored_not_drawn():
     """Their log-probability is after temperature, whatever the truncation would have left."""
     logits_BV = jnp.asarray(np.random.default_rng(0).normal(size=(8, 512)), jnp.float32)
-    forced_B = jnp.asarray([7, -1, 300, -1, -1, -1, -1, -1])
+    forced_B = np.array([7, -1, 300, -1, -1, -1, -1, -1])
     s = settings(8, temperature=0.5, top_k=1)
-    draw = sample(logits_BV, s, jnp.full((8, 2), 0.5), 16, False, forced_B)
+    draw = sample(logits_BV, s, 0.5, forced_B=forced_B)
     logp_BV = np.asarray(jax.nn.log_softmax(logits_BV / 0.5))
     assert draw.token.tolist()[0::2][:2] == [7, 300]
     np.testing.assert_allclose(draw.logp[0], logp_BV[0, 7], rtol=1e-5)
