@@ -199,7 +199,19 @@ def _phases(s: programs.Setup, done: dict[str, programs.Program]) -> list[Phase]
         share = min(1.0, (c.data.max_prompt_len + mean) / full)
         times = c.batch.prompts / c.batch.mini_prompts
         phases.append(Phase.of("train step", times, costs, chip, share=share))
+        scorings = int(times > 1) + int(bool(c.log.kl_to_initial or s.objective.kl_coef))
+        if scorings:
+            one = hlo.Costs(flops=_scoring_flops(s) / s.mesh.size)
+            name = "scoring (by formula)"
+            phases.append(Phase.of(name, times * scorings, one, chip, share=share))
     return phases
+
+
+def _scoring_flops(s: programs.Setup) -> float:
+    """Log-probabilities of one mini-batch under the old or the initial policy, all devices."""
+    spec, cfg = s.spec, lora.without(s.cfg)
+    one = analytic.forward_flops(cfg, spec.micro_rows, spec.row_len)
+    return spec.micro_batches * (one + analytic.head_flops(cfg, spec.micro_rows, spec.slots))
 
 
 def _train_trips(s: programs.Setup) -> Any:

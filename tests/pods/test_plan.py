@@ -174,7 +174,7 @@ def test_the_real_run_is_planned_for_a_tpu(tmp_path, capsys):
     assert memory["teacher"] == memory["parameters"]
     assert saved["train_bytes"] < saved["hbm_bytes"] and saved["slots_that_fit"] > 16
     by_name = {phase["name"]: phase for phase in saved["phases"]}
-    assert set(by_name) == {"prefill", "decode step", "train step"}
+    assert set(by_name) == {"prefill", "decode step", "train step", "scoring (by formula)"}
     assert by_name["train step"]["collectives"]["all-gather"]["bytes"] > 0
     decode = analytic.decode_flops(cfg, 16, 512 + 32) / 4
     assert by_name["decode step"]["flops"] == pytest.approx(decode, rel=0.35)
