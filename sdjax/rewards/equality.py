@@ -90,7 +90,7 @@ def _quantity(node: Node) -> tuple[Node, str]:
 
 def _units_clash(left: str, right: str) -> bool:
     """Two different known units: `5 cents` is not `5 dollars`."""
-    a, b = v.UNITS.get(left.lower()), v.UNITS.get(right.lower())
+    a, b = (v.UNITS.get(unit.replace(" ", "").lower()) for unit in (left, right))
     return a is not None and b is not None and a != b
 
 

@@ -13,6 +13,7 @@ import logging
 import random
 import re
 
+from sdjax.rewards.vocabulary import COMMANDS as OURS
 from sdjax.rewards.vocabulary import HEDGES
 from sdjax.rewards.worker import need_heavy_imports
 
@@ -22,6 +23,13 @@ MAX_POWERS = 10
 DIGITS = 30
 LIMIT = 10.0**-25
 HEAVY = ("sum", "prod", "int", "iint", "oint", "lim", "infty", "frac", "sqrt")
+# what our reader lacks and math-verify's grammar has; any other command is a macro or a typo
+ITS_OWN = frozenset(
+    "sum prod int iint iiint oint lim limsup liminf partial nabla nicefrac sfrac overset underset "
+    "stackrel substack erf det rank arg sup inf sgn cases aligned forall exists subset subseteq "
+    "supset supseteq notin complement perp parallel cong propto implies iff Rightarrow rightarrow "
+    "Leftrightarrow mapsto land lor neg top bot aleph wp dagger star oplus otimes circ".split()
+)
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _BIG = re.compile(
@@ -54,6 +62,8 @@ def refused(answer: str, gold: str) -> str | None:
     if _BIG.search(answer) or _BASE.search(answer):
         return "unreadable"
     commands = {text: set(_COMMAND.findall(text)) for text in (answer, gold)}
+    if not commands[answer] <= ITS_OWN | OURS:
+        return "unreadable"
     heavy = [{name for name in commands[text] if name in HEAVY[:6]} for text in (answer, gold)]
     if heavy[0] != heavy[1]:
         return "unreadable"  # an unevaluated sum is no answer unless the gold is one

@@ -71,10 +71,13 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     if (based := same_based(answer, gold)) is not None:
         return based, "equal" if based else "different"
     gold_node, gold_unknown = _read(gold)
-    if words.same_words(gold, answer):
+    if gold_node is None or gold_node.op == "words":
+        if words.same_words(gold, answer):
+            return True, "equal"
+        if gold_node is not None:
+            return False, "different"
+    elif words.same_text(gold, answer):
         return True, "equal"
-    if gold_node is not None and gold_node.op == "words":
-        return False, "different"
     answer_node, answer_unknown = _read(answer)
     if gold_node is None or answer_node is None:
         # a syntax error is wrong; a command that we do not have may be known to math-verify

@@ -46,6 +46,7 @@ _LETTERS = re.compile(r"[A-Za-z]+", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*", re.ASCII)
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 _GLUED_SPACE = re.compile(r"\\q?quad(?=[A-Za-z])")
+_HALF_DAY = re.compile(r"([apAP])\.\s?[mM]\.?|([apAP])[mM]\b", re.ASCII)
 _BLANK = re.compile(r"[ \t\r\n]+")
 _PLAIN_OPS = frozenset("+-*/^_()[]{}|,;:=<>!'&%.?~`@#\"")
 _ASCII_RELATIONS = {"<=": "<=", ">=": ">=", "!=": "!=", "==": "=", "**": "^"}
@@ -266,6 +267,9 @@ class _Lexer:
             if blank := _BLANK.match(text, at):
                 self.widen(" ")
                 at = blank.end()
+            elif time := _HALF_DAY.match(text, at):
+                self.emit("word", (time.group(1) or time.group(2)).lower() + "m")
+                at = time.end()
             elif word := _WORD.match(text, at):
                 single = len(word.group()) == 1 and not _in_sentence(text, word)
                 symbol = single and not self._unit_letter(word.group())

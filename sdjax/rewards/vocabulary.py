@@ -207,6 +207,8 @@ _UNITS = {
     "cent": "cent cents",
     "deg": "degree degrees deg",
     "rad": "radian radians rad",
+    "am": "am",
+    "pm": "pm",
     "%": "percent percents percentage pct",
 }
 UNITS = {word: unit for unit, words in _UNITS.items() for word in words.split()}
@@ -226,3 +228,7 @@ RUN_NAMES = {
     "lcm": ("func", "lcm"),
     "gcd": ("func", "gcd"),
 }
+COMMANDS = (
+    SPACING | SIZES | TEXT_STYLES | MATH_STYLES | WITH_DROPPED_ARGUMENT | FUNCTIONS | LIST_FUNCTIONS
+)
+COMMANDS |= STRUCTURES | GREEK | frozenset(ALIASES) | frozenset(OPERATORS)

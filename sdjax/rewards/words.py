@@ -98,11 +98,16 @@ def same_letter(letter: str, styled: bool, answer: str) -> bool:
 
 
 def same_words(gold: str, answer: str) -> bool:
-    """Text equality without styling and blanks; without letter case where both are plain words."""
+    """Text equality of words without styling, blanks, abbreviation points and letter case."""
     if any(_FORMULA.search(_SPACING.sub("", _STYLE.sub("", text))) for text in (gold, answer)):
-        return _unstyled(gold) == _unstyled(answer)  # braces and case mean something here
+        return same_text(gold, answer)  # braces and case mean something here
     a, b = (_POINT.sub("", plain_text(text)).casefold() for text in (gold, answer))
     return a == b
+
+
+def same_text(gold: str, answer: str) -> bool:
+    """Text equality without styling and blanks only."""
+    return _unstyled(gold) == _unstyled(answer)
 
 
 def _unstyled(text: str) -> str:

@@ -23,6 +23,7 @@ from sdjax.rewards.registry import get_reward
 
 PR_SET_PDEATHSIG = 1
 STACK_DEPTH = 3000
+IDLE_SECONDS = 0.3  # without a task before it starts to import what it may need later
 MAX_FILE_BYTES = 64 << 20  # the code reward writes solutions and tests; nothing else writes
 
 
@@ -71,9 +72,9 @@ class Channel:
         line = self._in.readline()
         return json.loads(line) if line else None
 
-    def idle(self) -> bool:
-        """Whether no task is waiting (readline leaves no complete line behind: one at a time)."""
-        return not select.select([self._in], [], [], 0)[0]
+    def idle(self, seconds: float) -> bool:
+        """Whether no task comes for so long (readline leaves none behind: one at a time)."""
+        return not select.select([self._in], [], [], seconds)[0]
 
 
 class Loader:
@@ -83,16 +84,20 @@ class Loader:
         self._channel = channel
         self._modules = list(modules)
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything is left to import."""
+        return bool(self._modules)
+
     def load_next(self) -> None:
-        """Import one more module, if any is left."""
-        if self._modules:
-            self._channel.send(event="loading")
-            importlib.import_module(self._modules.pop(0))
-            self._channel.send(event="loaded")
+        """Import one more module."""
+        self._channel.send(event="loading")
+        importlib.import_module(self._modules.pop(0))
+        self._channel.send(event="loaded")
 
     def load_all(self) -> None:
         """Import all of them now."""
-        while self._modules:
+        while self.pending:
             self.load_next()
 
 
@@ -132,7 +137,7 @@ def main(argv: list[str]) -> None:
     importlib.import_module("sdjax.rewards.worker").PRELOAD.append(loader)
     channel.send(event="ready")
     while True:
-        if channel.idle():
+        while loader.pending and channel.idle(IDLE_SECONDS):
             loader.load_next()
         task = channel.receive()
         if task is None:
