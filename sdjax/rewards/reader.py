@@ -151,7 +151,7 @@ class Reader(Atoms):
                 factor *= v.MULTIPLIERS[word.lower()]
                 words.append("")
                 continue
-            if word.lower() in v.HEDGES:
+            if word.lower() in v.HEDGES or word.lower() in v.NUMBER_WORDS:
                 raise Unreadable(f"hedge {word!r}")
             words.append(word)
             self.unit_power(words)

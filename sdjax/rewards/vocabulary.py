@@ -178,7 +178,8 @@ HEDGES = frozenset(
     "where except without excluding including plus minus times multiplied divided squared cubed "
     "halved doubled tripled twice thrice half third quarter factorial root pi choose modulo mod "
     "base wrong incorrect false isnt is isn't impossible for any all some than as "
-    "infinity infinite undefined approximately same equals equal original".split()
+    "negative positive opposite reciprocal inverse conjugate unknown guess guessed none nothing "
+    "never error point hence infinity infinite undefined approximately same equals equal original".split()
 )
 _UNITS = {
     "cm": "cm centimeter centimeters centimetre centimetres",
