@@ -100,8 +100,8 @@ def test_cross_entropy_by_chunks_is_the_plain_one():
     chunked = lambda h, w: sft.cross_entropy(h, w, targets, 3)[0]
     np.testing.assert_allclose(chunked(hidden, weight), plain(hidden, weight), rtol=1e-5)
     for one, two in zip(
-        jax.grad(lambda h, w: (chunked(h, w) ** 2).sum(), (0, 1))(hidden, weight),
-        jax.grad(lambda h, w: (plain(h, w) ** 2).sum(), (0, 1))(hidden, weight),
+        jax.jit(jax.grad(lambda h, w: (chunked(h, w) ** 2).sum(), (0, 1)))(hidden, weight),
+        jax.jit(jax.grad(lambda h, w: (plain(h, w) ** 2).sum(), (0, 1)))(hidden, weight),
         strict=True,
     ):
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
@@ -110,17 +110,19 @@ def test_cross_entropy_by_chunks_is_the_plain_one():
 def test_the_loss_is_the_mean_over_responses_however_they_are_packed(tmp_path, tokenizer):
     """Catches attention across examples, prompts that carry loss, and a mean over padding."""
     c = small_config(tmp_path)
-    cfg, _, state = sft.build(c, parallel.make_mesh(data=-1))
+    cfg, _, state = sft.build(c, parallel.single_device_mesh())
     spans = [("Compute 2+3.", False), ("The answer is 5", True)], [("8*9=", False), ("72", True)]
     examples = [supervised.encode(tokenizer, list(s)) for s in spans]
     together = supervised.pack(examples, 1, ROW_LEN, ROW_LEN)
-    value, metrics = sft.make_loss(cfg, c)(state.params, together.arrays())
+    value, metrics = jax.jit(sft.make_loss(cfg, c))(state.params, together.arrays())
 
     nll = []
     for tokens, learn in examples:
         ids = jnp.asarray(tokens)[None]
         ones, places = jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]
-        hidden = decoder.hidden_states(state.params, ids, ones, places, cfg)
+        hidden = jax.jit(decoder.hidden_states, static_argnums=4)(
+            state.params, ids, ones, places, cfg
+        )
         logp = jax.nn.log_softmax(decoder.logits(state.params, hidden, cfg))[0, :-1]
         nll += [-logp[i, tokens[i + 1]] for i in range(len(tokens) - 1) if learn[i + 1]]
     assert int(metrics["sft/tokens"]) == len(nll)
@@ -206,5 +208,5 @@ def test_the_shipped_model_is_the_recipes_and_was_trained(tmp_path):
     recipe.sft.update({"examples": 40, "rows": 16, "steps": 1, "drill_start": 0.0})
     read = supervised.source(recipe, model.tokenizer)
     rows = supervised.batch(read, model.tokenizer, recipe.sft, step=100_000)
-    loss, metrics = sft.make_loss(model.cfg, recipe)(model.params, rows.arrays())
+    loss, metrics = jax.jit(sft.make_loss(model.cfg, recipe))(model.params, rows.arrays())
     assert rows.dropped == 0 and loss < 0.4 and metrics["sft/accuracy"] > 0.85
