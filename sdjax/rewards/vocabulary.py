@@ -179,7 +179,8 @@ HEDGES = frozenset(
     "halved doubled tripled twice thrice half third quarter factorial root pi choose modulo mod "
     "base wrong incorrect false isnt is isn't impossible for any all some than as "
     "negative positive opposite reciprocal inverse conjugate unknown guess guessed none nothing "
-    "never error point hence infinity infinite undefined approximately same equals equal original".split()
+    "never error point hence infinity infinite undefined approximately same equals equal "
+    "original".split()
 )
 _UNITS = {
     "cm": "cm centimeter centimeters centimetre centimetres",
