@@ -27,8 +27,8 @@ TRAILING = (".", ",", ";", "\\\\")  # punctuation of the sentence around an answ
 def read(text: str) -> Node:
     """The tree of an answer; raises Unreadable, TooBig (both ValueErrors)."""
     tokens = tokenize(prepare(text))
-    while tokens and tokens[-1].kind == "op" and tokens[-1].text in TRAILING:
-        tokens.pop()
+    if tokens and tokens[-1].kind == "op" and tokens[-1].text in TRAILING:
+        tokens.pop()  # one mark only: `25...` goes on
     reader = Reader(tokens)
     answer = reader.answer()
     if not reader.at_end():

@@ -79,6 +79,8 @@ class Terms(Cursor):
         while True:
             if self.is_op("^"):
                 node = self.powered(node)
+                if node.op == "deg" and self.peek().text in ("C", "F"):
+                    self.next()  # Celsius, Fahrenheit
             elif self.is_op("!"):
                 self.next()
                 if self.is_op("!"):

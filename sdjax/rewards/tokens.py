@@ -46,6 +46,7 @@ _LETTERS = re.compile(r"[A-Za-z]+", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*", re.ASCII)
 _DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 _GLUED_SPACE = re.compile(r"\\q?quad(?=[A-Za-z])")
+_DOLLAR = re.compile(r"(?<!\\)\$")
 _HALF_DAY = re.compile(r"([apAP])\.\s?[mM]\.?|([apAP])[mM]\b", re.ASCII)
 _BLANK = re.compile(r"[ \t\r\n]+")
 _PLAIN_OPS = frozenset("+-*/^_()[]{}|,;:=<>!'&%.?~`@#\"")
@@ -81,10 +82,20 @@ class _Lexer:
     def emit(self, kind: str, text: str, value: Fraction | None = None) -> None:
         if len(self.tokens) >= MAX_TOKENS:
             raise TooBig("too many tokens")
+        if text == "}" and self._empty_group():
+            self.tokens.pop()
+            return
         self.tokens.append(Token(kind, text, self.gap, value))
         self.gap = ""
         if kind == "op":
             self.depth += (text in ("(", "[", "\\{")) - (text in (")", "]", "\\}"))
+
+    def _empty_group(self) -> bool:
+        """Whether a brace that closes now holds nothing, and is no argument of anything."""
+        if not self.tokens or self.tokens[-1].text != "{":
+            return False
+        before = self.tokens[-2] if len(self.tokens) > 1 else None
+        return before is None or before.kind in ("num", "sym", "word")
 
     def widen(self, gap: str) -> None:
         self.gap = self.gap or gap
@@ -230,7 +241,7 @@ class _Lexer:
 
     def _text_group(self, content: str) -> None:
         r"""Text mode; mathematics between dollars stays mathematics."""
-        pieces = content.split("$")
+        pieces = _DOLLAR.split(content)
         for index, piece in enumerate(pieces):
             self.math(piece) if index % 2 else self._text(piece)
 

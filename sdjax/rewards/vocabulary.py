@@ -159,7 +159,7 @@ NUMBER_WORDS = {
 TENS = {
     word: 10 * value
     for value, word in enumerate(
-        "thirty forty fifty sixty seventy eighty ninety hundred".split(), start=3
+        "twenty thirty forty fifty sixty seventy eighty ninety hundred".split(), start=2
     )
 }
 NUMBER_WORDS |= TENS

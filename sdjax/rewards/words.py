@@ -36,7 +36,7 @@ def plain_text(text: str) -> str:
     """
     text = _SPACED_DIGITS.sub("\x00", _SPACING.sub(" ", _STYLE.sub("", _COLOR.sub("", text))))
     text = re.sub(r"[{} \t\r\n]+", "", text.replace("\\&", "&"))
-    return text.rstrip(".")
+    return text.removesuffix(".")
 
 
 def is_words(tokens: list[Token]) -> bool:
@@ -111,4 +111,4 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def _unstyled(text: str) -> str:
-    return squeeze(_SPACING.sub(" ", _STYLE.sub("", text))).rstrip(".")
+    return squeeze(_SPACING.sub(" ", _STYLE.sub("", text))).removesuffix(".")
