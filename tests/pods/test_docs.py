@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from sdjax.plan import chips
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "launch.md").read_text(encoding="utf-8")
 COMMANDS = [
@@ -32,3 +34,14 @@ def test_all_scripts_are_named():
     assert len(COMMANDS) >= 6
     for path in (ROOT / "launch").glob("*.sh"):
         assert path.name in TEXT or path.name in ("lib.sh", "host.sh")
+
+
+def test_the_slices_and_configs_of_the_pods_page_exist():
+    """What docs/pods.md tells to plan must be a slice and a config that there are."""
+    text = (ROOT / "docs" / "pods.md").read_text(encoding="utf-8")
+    slices = re.findall(r"--config\.plan\.topolog(?:y|ies)=([\w:,]+)", text)
+    assert slices
+    for name in ",".join(slices).split(","):
+        chips.parse(name)
+    for path in re.findall(r"configs/\w+\.py", text):
+        assert (ROOT / path).is_file(), path
