@@ -337,7 +337,7 @@ def _same_collection(gold: Node, answer: Node) -> bool | None:
     if "orlist" in (gold.op, answer.op):
         return _sets_equal(gold, answer)
     if gold.op == "seq" and answer.op == "list":
-        return _named_components(gold, answer)
+        return _sets_equal(gold, answer) or _named_components(gold, answer)
     lists = []
     for node in (gold, answer):
         items = list(node.args) if node.op in COLLECTIONS else [node]

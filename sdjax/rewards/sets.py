@@ -236,6 +236,18 @@ def _half_line(op: str, left: Node, right: Node) -> RealSet:
     return interval(right, INFINITY, op == ">=", False)
 
 
+def _conjunction(conditions: tuple[Node, ...]) -> RealSet:
+    """`x > 1, x < 2`: what satisfies every inequality, all of them in one variable."""
+    if len({isolated(condition) for condition in conditions if condition.op == "rel"}) != 1:
+        raise Unreadable("not inequalities in one variable")
+    result = real_line()
+    for condition in conditions:
+        if condition.op != "rel":
+            raise Unreadable("no inequality")
+        result = intersection(result, solution_set(condition))
+    return result
+
+
 def _absolute(op: str, bound: Node) -> RealSet:
     """|x| against a bound."""
     low, closed = Node("neg", (bound,)), op in ("<=", ">=")
@@ -253,6 +265,8 @@ def try_set(node: Node) -> RealSet | None:
             return solution_set(node)
         if node.op == "rel" and node.args[0] == ("in",):
             return to_set(node.args[1][1])
+        if node.op == "list":
+            return _conjunction(node.args)
         if node.op == "orlist":
             pieces = [piece for item in node.args for piece in solution_set(item)]
             return normal(pieces)
