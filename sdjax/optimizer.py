@@ -97,7 +97,7 @@ def apply_gradient(
     Clips by torch's rule, scale = clip_norm / (norm + 1e-6) when below 1. When the norm is not
     finite, params and opt_state come back unchanged and `finite` is False.
     """
-    norm = optax.global_norm(grad)
+    norm = optax.tree.norm(grad)
     finite = jnp.isfinite(norm)
     scale = jnp.minimum(1.0, clip_norm / (norm + 1e-6))
     # zero a bad gradient first: 0 * inf would put NaN into the moments before they are discarded
