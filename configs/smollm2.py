@@ -4,19 +4,23 @@
     python -m sdjax.main --config=configs/smollm2.py:grpo --workdir=runs/smollm2_grpo
 
 `--config.model.path=FOLDER` takes a local copy instead of the hub's. Problems of one or two steps
-in plain English, answers of at most 32 tokens, low-rank adapters. The chat template shows one
-solved example, since a model of this size does not box its answers when only asked to.
+in plain English, answers of at most 32 tokens, low-rank adapters. The chat template shows two
+solved examples and drops the instruction, which a model of this size answers with prose.
 """
 
 from ml_collections import ConfigDict
 
 from sdjax import config
+from sdjax.data.prompts import BOXED
 
 TEMPLATE = (
     "<|im_start|>user\nCompute 12+5-3.<|im_end|>\n"
-    "<|im_start|>assistant\n12+5=17, 17-3=14. The answer is \\boxed{14}.<|im_end|>\n"
+    "<|im_start|>assistant\n12+5=17, 17-3=14, \\boxed{14}<|im_end|>\n"
+    "<|im_start|>user\nSam reads 6 pages a day for 3 days, then 4 more. How many pages?<|im_end|>\n"
+    "<|im_start|>assistant\n6*3=18, 18+4=22, \\boxed{22}<|im_end|>\n"
+    "{% set boxed = '" + BOXED.replace("\\", "\\\\") + "' %}"
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{{ message['content'] | replace(boxed, '') }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -26,7 +30,13 @@ def grpo(c: ConfigDict) -> None:
     c.objective.pg_coef, c.objective.distill_coef = 1.0, 0.0
 
 
-VARIANTS = {"sdpo": lambda c: None, "grpo": grpo}
+def tiny(c: ConfigDict) -> None:
+    """The usual smoke run, with the embedded model's own template."""
+    config.shrink(c)
+    c.data.chat_template = None
+
+
+VARIANTS = {"sdpo": lambda c: None, "grpo": grpo, "tiny": tiny}
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -37,13 +47,13 @@ def get_config(arg: str = "") -> ConfigDict:
     c.model.lora.rank, c.model.lora.alpha = 16, 32.0
     c.data.name, c.data.synthetic_level = "synthetic", 1
     c.data.chat_template = TEMPLATE
-    c.data.max_prompt_len = 112
+    c.data.max_prompt_len = 144
     c.batch.prompts, c.batch.mini_prompts, c.batch.group_size = 4, 4, 4
     c.sampling.max_new_tokens = 32
     c.rollout.slots = 16
     c.objective.distillation_topk = 16
     c.teacher.context.max_len = 256
-    c.optimizer.lr = 2e-4
+    c.optimizer.lr, c.optimizer.warmup_steps = 2e-4, 0
     c.train.steps = 12
     c.eval.sets = ("test",)
     c.eval.problems, c.eval.samples, c.eval.every = 16, 2, 0

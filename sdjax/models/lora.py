@@ -9,6 +9,7 @@ are trained: `split` separates them from the frozen rest. PEFT's file format is 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -53,17 +54,24 @@ def add(
 ) -> Params:
     """The parameters with fresh adapters; they change nothing until B is trained."""
     leaves, tree = jax.tree.flatten(specs(cfg), is_leaf=is_spec)
+    sizes = [math.prod(spec.shape) if spec.init != "zeros" else 0 for spec in leaves]
 
-    def draw(spec: ParamSpec, key: Array) -> Array:
-        if spec.init == "zeros":
-            value = jnp.zeros(spec.shape, dtype)
-        else:
-            value = spec.init * jax.random.uniform(key, spec.shape, minval=-1.0, maxval=1.0)
-        value = value.astype(dtype)
-        return value if mesh is None else jax.device_put(value, sharding(mesh, spec.letters))
+    def draw(key: Array) -> Params:
+        # One draw, cut up: the CPU takes long to compile a generator for every shape.
+        flat = jax.random.uniform(key, (sum(sizes),), minval=-1.0, maxval=1.0)
+        out, start = [], 0
+        for spec, size in zip(leaves, sizes, strict=True):
+            value = jnp.zeros(spec.shape)
+            if size:
+                value = spec.init * flat[start : start + size].reshape(spec.shape)
+            out.append(value.astype(dtype))
+            start += size
+        return tree.unflatten(out)
 
-    keys = jax.random.split(key, len(leaves))
-    adapters = tree.unflatten([draw(s, k) for s, k in zip(leaves, keys, strict=True)])
+    place = None
+    if mesh is not None:
+        place = tree.unflatten([sharding(mesh, spec.letters) for spec in leaves])
+    adapters = jax.jit(draw, out_shardings=place)(key)
     return {**params, "layers": {**params["layers"], "lora": adapters}}
 
 

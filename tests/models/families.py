@@ -8,10 +8,12 @@ unnoticed.
 import json
 import zlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from sdjax.models import hf
+from sdjax.models import decoder, hf
 from sdjax.models.config import ModelConfig
 
 BASE = {
@@ -139,6 +141,20 @@ def token_batch(vocab_size):
     mask[1, 29:] = 0
     mask[2, :13] = 0
     return np.where(mask > 0, tokens, 0).astype(np.int32), mask
+
+
+def random_params(cfg):
+    """A parameter pytree of `cfg` without the time that compiling a generator takes."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, spec):
+        x = rng.standard_normal(spec.shape).astype(np.float32)
+        name = path[-1].key
+        if "norm" in name or name.startswith("b_"):
+            return jnp.asarray(0.3 * x + float("norm" in name))
+        return jnp.asarray(x * np.float32(spec.init))
+
+    return jax.tree_util.tree_map_with_path(draw, decoder.param_specs(cfg), is_leaf=decoder.is_spec)
 
 
 def sample_of(logits_BTV):

@@ -1,7 +1,6 @@
 """The decoder against itself: scanned or unrolled, on a mesh, packed or alone, cached or not."""
 
 import dataclasses
-import functools
 
 import families
 import jax
@@ -27,25 +26,13 @@ def rows(B=2, T=12):
     return tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(T), (B, T))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def params_of(cfg):
-    """Parameters with random norms and biases, as in a trained model."""
-    params = decoder.init_params(cfg, jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
-    noise = [
-        0.2 * jax.random.normal(jax.random.key(i), x.shape) if x.ndim <= 3 else 0.0
-        for i, x in enumerate(leaves)
-    ]
-    return tree.unflatten([x + n for x, n in zip(leaves, noise, strict=True)])
-
-
 @pytest.mark.parametrize(
     "windows", [(None,) * 4, (4, 4, 4, None), (4, None) * 2, (None, None, None, 4)]
 )
 def test_scanned_equals_unrolled(windows):
     """Layers of several kinds end up in the right order with the right window, state included."""
     cfg = dataclasses.replace(CFG, n_layers=4, windows=windows)
-    params, (tokens, _, positions) = params_of(cfg), rows()
+    params, (tokens, _, positions) = families.random_params(cfg), rows()
     seen = []
 
     def attend(q, k, v, state, window):
@@ -69,7 +56,7 @@ def test_scanned_equals_unrolled(windows):
 
 def test_packed_sequences_do_not_see_each_other():
     """Two sequences in one row give the hidden states that each gives alone."""
-    params, (tokens, segments, positions) = params_of(CFG), rows(B=1)
+    params, (tokens, segments, positions) = families.random_params(CFG), rows(B=1)
     segments = jnp.where(jnp.arange(12) < 5, 1, 2)[None]
     positions = jnp.concatenate([jnp.arange(5), jnp.arange(7)])[None]
     packed = hidden_states(params, tokens, segments, positions, CFG)
@@ -80,7 +67,7 @@ def test_packed_sequences_do_not_see_each_other():
 
 def test_a_cache_gives_the_same_as_the_whole_row():
     """Token by token through `layer_state`, as the rollout engine does."""
-    params, (tokens, segments, positions) = params_of(CFG), rows(B=1)
+    params, (tokens, segments, positions) = families.random_params(CFG), rows(B=1)
     whole = hidden_states(params, tokens, segments, positions, CFG)
     shape = (CFG.n_layers, 1, 12, CFG.n_kv_heads, CFG.head_dim)
     cache, index = (jnp.zeros(shape), jnp.zeros(shape)), jnp.arange(12)
@@ -104,7 +91,7 @@ def test_a_cache_gives_the_same_as_the_whole_row():
 
 
 def test_remat_changes_no_gradient():
-    params, args = params_of(CFG), rows()
+    params, args = families.random_params(CFG), rows()
 
     def loss(params, remat):
         return jnp.sum(jnp.sin(decoder.hidden_states(params, *args, CFG, remat=remat)))
@@ -129,7 +116,7 @@ def test_remat_changes_no_gradient():
 )
 def test_logits_do_not_depend_on_the_mesh(sizes):
     """Also checks that each device holds only its part of a split parameter."""
-    params, args = params_of(CFG), rows(B=8)
+    params, args = families.random_params(CFG), rows(B=8)
     mesh = make_mesh(**sizes)
 
     @jax.jit
@@ -147,8 +134,21 @@ def test_logits_do_not_depend_on_the_mesh(sizes):
 
 
 def test_shardings_refuse_what_does_not_split():
-    with pytest.raises(ValueError, match=r"layers.w_k has 2 entries.*mesh.tensor=8"):
+    with pytest.raises(ValueError, match=r"layers.b_k has 2 entries.*mesh.tensor=8"):
         decoder.param_shardings(dataclasses.replace(CFG, n_heads=8), make_mesh(tensor=8))
+
+
+def test_init_params_matches_its_specs():
+    """Shapes, dtype and scale of fresh parameters; the same key gives the same draw."""
+    cfg = dataclasses.replace(CFG, n_layers=1, windows=(None,))
+    params = decoder.init_params(cfg, jax.random.key(0), jnp.bfloat16)
+
+    def check(x, spec):
+        assert x.shape == spec.shape and x.dtype == jnp.bfloat16
+        std = float(jnp.std(x.astype(jnp.float32)))
+        assert std == 0 if isinstance(spec.init, str) else 0.7 < std / spec.init < 1.3
+
+    jax.tree.map(check, params, decoder.param_specs(cfg))
 
 
 def test_rope_rotates_pairs_of_halves():
@@ -166,7 +166,7 @@ def test_rope_rotates_pairs_of_halves():
 
 def test_hidden_states_follow_the_compute_dtype():
     """bfloat16 compute gives bfloat16 hidden states and float32 logits, near the float32 ones."""
-    params, args = params_of(CFG), rows()
+    params, args = families.random_params(CFG), rows()
     exact = decoder.logits(params, hidden_states(params, *args, CFG), CFG)
     hidden = hidden_states(params, *args, CFG, compute_dtype=jnp.bfloat16)
     rough = decoder.logits(params, hidden, CFG)

@@ -170,6 +170,15 @@ def test_logits_on_a_mesh_and_with_segments(folder):
     np.testing.assert_allclose(packed[:, 5:], model.logits(tokens[:, 5:]), atol=1e-4)
 
 
+def test_the_lines_for_notebooks_run():
+    """The first code block of docs/models.md, as it stands there."""
+    docs = pathlib.Path(__file__).resolve().parents[2] / "docs" / "models.md"
+    code = docs.read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code, names)
+    assert names["logits_BTV"].shape == (1, 3, names["model"].cfg.vocab_size)
+
+
 def test_tied_checkpoints_may_repeat_the_head(tmp_path):
     """Some tied checkpoints store lm_head.weight too; transformers ignores it, and so do we."""
     raw = families.CASES["llama-tied"]

@@ -31,19 +31,19 @@ def hidden(params, cfg, dropout_key=None):
 
 @functools.cache
 def plain_params():
-    return jax.jit(decoder.init_params, static_argnums=0)(PLAIN, jax.random.key(0))
+    return families.random_params(PLAIN)
 
 
 def fresh(cfg):
     """Parameters with adapters that do nothing yet."""
-    return jax.jit(lora.add, static_argnums=1)(plain_params(), cfg, jax.random.key(1))
+    return lora.add(plain_params(), cfg, jax.random.key(1))
 
 
 def trained():
     """Parameters whose B is no longer 0."""
     adapters, frozen = lora.split(fresh(CFG))
-    noise = jax.random.key(2)
-    adapters = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(noise, x.shape), adapters)
+    rng = np.random.default_rng(2)
+    adapters = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), adapters)
     return lora.join(adapters, frozen)
 
 
