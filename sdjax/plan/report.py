@@ -108,9 +108,16 @@ def _collectives(plan: Plan) -> list[str]:
 
 
 def _provenance(plan: Plan) -> list[str]:
-    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in ("jax", "libtpu"))
+    versions = ", ".join(f"{p} {_version(p)}" for p in ("jax", "libtpu"))
     seconds = ", ".join(f"{n} {p.compile_s:.0f} s" for n, p in plan.programs.items())
     return [f"Compiled with {versions} ({seconds})."]
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
 
 
 def _gib(n: int) -> str:

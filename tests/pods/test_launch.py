@@ -47,7 +47,7 @@ def launch(script, *arguments, **env):
         ["bash", str(LAUNCH / script), *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         env={**os.environ, **env},
     )
     return done.returncode, done.stdout, done.stderr

@@ -109,6 +109,7 @@ def test_every_mini_batch_is_shared_by_all_processes(count):
         process_groups(c, 0, 3)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path, model):
     """Each samples, verifies and packs its own problems; sums over devices may differ in order."""
     one, two = train(1, tmp_path / "one", model), train(2, tmp_path / "two", model)
