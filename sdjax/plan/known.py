@@ -1,6 +1,7 @@
 """Architectures that can be planned for without a network: the fields of their config.json.
 
-Copied from the model pages on the Hugging Face hub. Only what changes shapes and FLOPs is kept.
+After the published config.json files; parameter counts are tested against published sizes.
+Only what changes shapes and FLOPs is kept; a folder or hub name with a config.json goes first.
 """
 
 from __future__ import annotations
