@@ -111,7 +111,9 @@ bootstrap() {
   archive=$(mktemp -t sdjax-XXXXXX.tar.gz)
   # shellcheck disable=SC2064  # the name is known now
   trap "rm -f '$archive'" RETURN
-  run tar --exclude=.git --exclude=runs --exclude=workdir --exclude='*.egg-info' \
+  # neither environments nor caches nor results; './.*' is .git, .venv and the like
+  run tar --exclude='./.*' --exclude=__pycache__ --exclude='*.egg-info' --exclude=./build \
+    --exclude=./runs --exclude=./workdir \
     -czf "$archive" -C "$source_dir" . &&
     run gcloud compute tpus tpu-vm scp "$archive" "$name:$REMOTE_DIR.tar.gz" "${where[@]}" \
       --worker=all &&
