@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ def _leaves(state: TrainState) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
+def _absolute(folder: str | Path) -> epath.Path:
+    """The folder as the saver wants it: absolute, unless it is a URL."""
+    text = str(folder)
+    return epath.Path(text if "://" in text else os.path.abspath(text))
+
+
 class Checkpoints:
     """The checkpoints of one run, in `<workdir>/checkpoints/<step>`.
 
@@ -35,7 +42,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str | Path, keep: int, best_metric: str = ""):
-        self.directory = epath.Path(workdir) / "checkpoints"
+        self.directory = _absolute(workdir) / "checkpoints"
         self.directory.mkdir(parents=True, exist_ok=True)
         self._best_metric = best_metric
         self._pending: Any = None

@@ -80,6 +80,15 @@ def test_half_written_checkpoint_is_ignored(tmp_path):
     assert_states_equal(again.restore(make_state(0)), make_state(1))
 
 
+def test_workdir_may_be_relative(tmp_path, monkeypatch):
+    """The default workdir is runs/<config>; the saver itself takes absolute paths only."""
+    monkeypatch.chdir(tmp_path)
+    checkpoints = Checkpoints("runs/tiny", keep=1)
+    checkpoints.save(1, make_state(1))
+    checkpoints.close()
+    assert_states_equal(Checkpoints("runs/tiny", keep=1).restore(make_state(0)), make_state(1))
+
+
 def test_nothing_to_restore(tmp_path):
     assert Checkpoints(tmp_path, keep=1).restore(make_state(0)) is None
 
