@@ -79,7 +79,9 @@ def test_losses_equal_the_reference(shared_dir, prefixes, run, dtype):
 def test_rlsd_case(shared_dir):
     """RLSD multiplies the advantage by clipped evidence whose direction is the reward's."""
     with jax.enable_x64(True):
-        for case, arrays in cases.load(shared_dir, ["rlcsd_repo_rlsd"]):
+        found = cases.load(shared_dir, ["rlcsd_repo_rlsd"])
+        assert "rlcsd_repo_rlsd" in [case["name"] for case, _ in found]
+        for case, arrays in found:
             if case["name"] == "rlcsd_repo_rlsd":
                 cases.check(case, arrays, cases.run_policy, jnp.dtype("float64"), 1e-9)
 
@@ -87,7 +89,9 @@ def test_rlsd_case(shared_dir):
 def test_conciseness_reverse_kl_case(shared_dir):
     """The reference casts to float32 inside, so even its float64 run carries that rounding."""
     with jax.enable_x64(True):
-        for case, arrays in cases.load(shared_dir, ["opsdc_reverse_kl"]):
+        found = cases.load(shared_dir, ["opsdc_reverse_kl"])
+        assert found
+        for case, arrays in found:
             cases.check(case, arrays, cases.run_distillation, jnp.dtype("float64"), 1e-6)
 
 
