@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from sdjax import head, measure
+from sdjax.compiled import Program
 from sdjax.models import decoder, lora
 from sdjax.models.config import ModelConfig
 from sdjax.objectives.objective import Knobs, ObjectiveConfig, Slots
@@ -317,31 +318,31 @@ class TrainStep:
     def __init__(self, function: Any, mesh: Mesh):
         self._function = function
         self._mesh = mesh
-        self._jitted = None
+        self._program = None
 
-    def _compiled_for(self, state: TrainState) -> Any:
-        if self._jitted is None:
+    def _program_for(self, state: TrainState) -> Program:
+        if self._program is None:
             places = jax.tree.map(lambda x: x.sharding, state)
-            self._jitted = jax.jit(
+            self._program = Program(
                 self._function, donate_argnums=0, out_shardings=(places, replicated(self._mesh))
             )
-        return self._jitted
+        return self._program
 
     def __call__(
         self, state: TrainState, batch: PackedBatch, scalars: StepScalars
     ) -> tuple[TrainState, dict[str, Array]]:
         with jax.set_mesh(self._mesh):
-            return self._compiled_for(state)(state, batch, scalars)
+            return self._program_for(state)(state, batch, scalars)
 
     def lower(self, state: Any, batch: Any, scalars: StepScalars) -> Any:
         """The lowered program for (abstract) arguments."""
         with jax.set_mesh(self._mesh):
-            return self._compiled_for(state).lower(state, batch, scalars)
+            return self._program_for(state).lower(state, batch, scalars)
 
     @property
     def compilations(self) -> int:
         """How many programs were compiled so far."""
-        return 0 if self._jitted is None else self._jitted._cache_size()
+        return 0 if self._program is None else self._program.compilations
 
 
 def make_train_step(

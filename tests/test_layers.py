@@ -13,6 +13,7 @@ LAYERS = {
     "types": 0,
     "records": 0,
     "objectives": 1,
+    "compiled": 1,
     "parallel": 1,
     "data": 1,
     "rewards": 1,

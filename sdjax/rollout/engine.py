@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from sdjax.compiled import Program
 from sdjax.models import decoder, lora
 from sdjax.models.config import ModelConfig
 from sdjax.parallel import replicated, to_process
@@ -85,16 +86,13 @@ class Engine:
         )
         layer = kv.shardings(self.spec, mesh)
         layers, whole = [layer] * model_cfg.n_layers, replicated(mesh)
-        bind = functools.partial
-        self._prefill = jax.jit(bind(programs.prefill, static=self.static), out_shardings=layers)
-        self._decode = jax.jit(
-            bind(programs.decode, static=self.static),
-            donate_argnums=1,
-            out_shardings=(layers, whole),
-        )
-        self._insert = jax.jit(bind(kv.insert), donate_argnums=0, out_shardings=layer)
-        self._resize = jax.jit(bind(kv.resize), static_argnums=2, out_shardings=layer)
-        self._empty = jax.jit(self._zeros, static_argnums=(0, 1), out_shardings=layer)
+        prefill = functools.partial(programs.prefill, static=self.static)
+        decode = functools.partial(programs.decode, static=self.static)
+        self._prefill = Program(prefill, out_shardings=layers)
+        self._decode = Program(decode, donate_argnums=1, out_shardings=(layers, whole))
+        self._insert = Program(kv.insert, donate_argnums=0, out_shardings=layer)
+        self._resize = Program(kv.resize, static_argnums=2, out_shardings=layer)
+        self._empty = Program(self._zeros, static_argnums=(0, 1), out_shardings=layer)
         self._prepare = jax.jit(self._unstack, out_shardings=self._weight_shardings())
         self._merge = jax.jit(self._merge_and_cast)
         self._stats: dict[str, float] = collections.defaultdict(float)
@@ -149,14 +147,14 @@ class Engine:
     def compilations(self) -> int:
         """Programs compiled so far."""
         compiled = (self._prefill, self._decode, self._insert, self._resize, self._empty)
-        return sum(program._cache_size() for program in compiled)
+        return sum(program.compilations for program in compiled)
 
     def _call(self, name: str, *args):
         """Calls a compiled function and logs when it had to be compiled for a new shape."""
         program = getattr(self, "_" + name)
-        before, started = program._cache_size(), time.perf_counter()
+        before, started = program.compilations, time.perf_counter()
         out = program(*args)
-        if program._cache_size() > before:
+        if program.compilations > before:
             seconds = time.perf_counter() - started
             self._stats["compile_s"] += seconds
             log.info("rollout compiled %s (no. %d) in %.1f s", name, self.compilations, seconds)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sdjax import parallel, step
+from sdjax.compiled import Program
 from sdjax.data import packing
 from sdjax.models import decoder
 from sdjax.objectives import ObjectiveConfig
@@ -325,3 +326,15 @@ def test_sequence_level_weights_are_refused():
     objective = ObjectiveConfig(rollout_is_level="sequence")
     with pytest.raises(ValueError, match="rollout_is_level"):
         step.make_train_step(small.CFG, objective, small.OPTIMIZER, small.one_device())
+
+
+def test_compilations_are_counted_by_what_was_compiled():
+    """A second program for the same shapes in another place, or a count shared between programs."""
+    double = lambda x: 2 * x + jnp.zeros(3)
+    one, other = Program(double), Program(double)
+    one(jnp.ones(3))
+    one(jnp.ones(3))
+    assert one.compilations == 1 and other.compilations == 0
+    one(jax.device_put(jnp.ones(3), jax.devices()[1]))
+    other(jnp.ones(3))
+    assert one.compilations == 2 and other.compilations == 1
