@@ -210,10 +210,10 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--response", type=int, default=192)
     parser.add_argument("--context", type=int, default=192)
-    parser.add_argument("--row-len", type=int, default=256)
+    parser.add_argument("--row-len", type=int, default=512)
     parser.add_argument("--micro-rows", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=0)
-    parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
+    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
     parser.add_argument("--torch-python", default="", help="an interpreter that has torch")
     parser.add_argument(
         "--torch-micro", type=int, default=16, help="sequences per torch micro-batch"
@@ -230,8 +230,8 @@ def main() -> None:
         if args.torch_python:
             print(json.dumps(run_torch(algo, args)), flush=True)
         if args.algo == "both":  # each of ours in its own process, so that peak memory is its own
-            rest = [a for a in sys.argv[1:] if not a.startswith("--torch-python")]
-            subprocess.run([sys.executable, __file__, *rest, "--algo", algo], check=True)
+            alone = [*sys.argv[1:], "--algo", algo, "--torch-python", ""]  # the last one counts
+            subprocess.run([sys.executable, __file__, *alone], check=True)
         else:
             print(json.dumps(run_ours(algo, args)), flush=True)
 
