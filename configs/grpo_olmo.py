@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from sdjax import config, paper
 
+VARIANTS = paper.GRPO_VARIANTS
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The run, or its variants named in `arg` (comma separated; `tiny` is one more)."""
     c = paper.base("allenai/Olmo-3-7B-Instruct")
     paper.grpo(c)
-    return config.with_variants(c, arg, paper.GRPO_VARIANTS)
+    return config.with_variants(c, arg, VARIANTS)

@@ -10,9 +10,11 @@ from ml_collections import ConfigDict
 
 from sdjax import config, paper
 
+VARIANTS = paper.SDPO_VARIANTS
+
 
 def get_config(arg: str = "") -> ConfigDict:
     """The run, or its variants named in `arg` (comma separated; `tiny` is one more)."""
     c = paper.base("deepseek-ai/DeepSeek-R1-Distill-Qwen-7B")
     paper.sdpo(c)
-    return config.with_variants(c, arg, paper.SDPO_VARIANTS)
+    return config.with_variants(c, arg, VARIANTS)

@@ -139,6 +139,7 @@ class _Bucket:
                 (self.local / name).write_bytes((self._remote / name).read_bytes())
 
     def due(self) -> bool:
+        """Whether the last copy is COPY_EVERY_S old."""
         return time.monotonic() - self._copied >= COPY_EVERY_S
 
     def copy(self) -> None:
@@ -153,6 +154,7 @@ class _Bucket:
         self._copied = time.monotonic()
 
     def close(self) -> None:
+        """Removes the local folder."""
         shutil.rmtree(self.local)
 
 

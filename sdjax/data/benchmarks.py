@@ -158,6 +158,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads pickled text only: a pickle from a data file must not be able to run code."""
 
     def find_class(self, module, name):
+        """Raises UnpicklingError: text needs no class."""
         raise pickle.UnpicklingError(f"refused to load {module}.{name} from a data file")
 
 

@@ -84,6 +84,7 @@ class Atoms(Functions):
         return None
 
     def symbol(self) -> Node:
+        """A letter, or a function's name with its primes and arguments: x, f'(x)."""
         token = self.next()
         name = token.text
         if name in UNKNOWN_FUNCTIONS:
@@ -171,6 +172,7 @@ class Atoms(Functions):
         return letters or refuse("name of a figure")
 
     def root(self) -> Node:
+        """A root after its command: [index] and the radicand; the index is 2 when absent."""
         index = None
         if self.is_op("["):
             self.next()

@@ -50,6 +50,7 @@ class Functions(Terms):
         return Node("neg", (node,)) if negative else node
 
     def list_function(self, name: str) -> Node:
+        """A function of a list, as max or gcd: its items in braces or parentheses."""
         if self.is_op("\\{"):
             items = list(self.braced_set().args)
         elif self.is_op("("):

@@ -154,6 +154,7 @@ from bisect import *
 
 
 def main() -> None:
+    """Confines this process, then runs the folder's program; argv: CPU seconds, megabytes."""
     seconds, memory_mb = int(sys.argv[1]), int(sys.argv[2])
     folder = os.getcwd()
     limit(seconds, memory_mb)

@@ -22,6 +22,7 @@ class Terms(Cursor):
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
     def signed_product(self) -> Node:
+        """A product behind up to six signs: --x, +-x, pm x."""
         signs = []
         while self.is_op("+", "-", "pm", "mp"):
             signs.append(self.next().text)
@@ -52,6 +53,7 @@ class Terms(Cursor):
                 return left
 
     def signed_factor(self) -> Node:
+        """A factor behind at most one sign, as after * and /."""
         if self.is_op("-"):
             self.next()
             return Node("neg", (self.factor(),))
@@ -98,6 +100,7 @@ class Terms(Cursor):
                 return node
 
     def powered(self, base: Node) -> Node:
+        """What stands after ^: degrees, primes, or an exponent."""
         self.next()
         if self.is_op("circ", "deg"):
             self.next()
@@ -173,15 +176,18 @@ class Terms(Cursor):
 
 
 def refuse(what: str):
+    """Raises Unreadable, where an expression is needed."""
     raise Unreadable(what)
 
 
 def ungroup(node: Node) -> Node:
+    """The node inside its braces."""
     while node.op == "group":
         node = node.args[0]
     return node
 
 
 def is_minus_one(node: Node) -> bool:
+    """Whether the node is -1, with or without braces."""
     node = ungroup(node)
     return node.op == "neg" and ungroup(node.args[0]) == num(1)

@@ -80,6 +80,7 @@ class _Lexer:
         self.nesting = 0
 
     def emit(self, kind: str, text: str, value: Fraction | None = None) -> None:
+        """Appends a token; drops empty braces; raises TooBig past MAX_TOKENS."""
         if len(self.tokens) >= MAX_TOKENS:
             raise TooBig("too many tokens")
         if text == "}" and self._empty_group():
@@ -98,6 +99,7 @@ class _Lexer:
         return before is None or before.kind in ("num", "sym", "word")
 
     def widen(self, gap: str) -> None:
+        """Notes a gap before the next token; the first one noted stays."""
         self.gap = self.gap or gap
 
     def math(self, text: str) -> None:

@@ -69,11 +69,13 @@ class Channel:
         self._in = sys.stdin.buffer
 
     def send(self, **message) -> None:
+        """Writes one message as a line of JSON, whole."""
         data = json.dumps(message).encode() + b"\n"
         while data:
             data = data[os.write(self._out, data) :]
 
     def receive(self) -> dict | None:
+        """The next message, or None when the other end has closed."""
         line = self._in.readline()
         return json.loads(line) if line else None
 
