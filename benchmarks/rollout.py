@@ -6,8 +6,9 @@ prints one JSON line per engine, each measured in a process of its own:
 
     sdjax          the engine: slots refilled from the queue
     longest        the same programs without refill: batches that run to their longest response
-    equal          the engine when all responses are equally long, beside `ideal_s`: the steps that
-                   many tokens need, each as long as a full step of the same run
+    equal          the engine when all responses are equally long, beside `ideal_s`: as many full
+                   steps as the tokens need, each as long as in the same run, and the bare matrix
+                   products of prompts without padding
     limit          the bare matrix products and cache reads of the useful tokens, nothing else
     transformers   `generate` on PyTorch, as often as there are batch sizes (--torch-python)
 
@@ -128,9 +129,11 @@ def run_sdjax(args, equal=False) -> None:
     keep = ("occupancy", "steps", "decode_s", "prefill_s", "compilations")
     extra = {name: round(stats[name], 3) for name in keep} | memory_line(engine, weights)
     if equal:
-        per_step = stats["decode_s"] / stats["steps"]
-        ideal = tokens / args.slots * per_step
-        extra |= dict(ideal_s=round(ideal, 3), of_ideal=round(ideal / stats["seconds"], 3))
+        decode = tokens / args.slots * stats["decode_s"] / stats["steps"]
+        prefill = prompt_seconds(engine, weights, sum(len(r.prompt_tokens) - 1 for r in requests))
+        ideal = decode + prefill
+        extra |= dict(ideal_s=round(ideal, 3), ideal_prefill_s=round(prefill, 3))
+        extra |= dict(of_ideal=round(ideal / stats["seconds"], 3))
     report("equal" if equal else "sdjax", args, runs, first, tokens, slots=args.slots, **extra)
 
 
@@ -147,6 +150,34 @@ def run_longest(args) -> None:
     first, runs = timed(run, args.reps)
     occupancy = round(engine.stats()["occupancy"], 3)
     report("longest", args, runs, first, tokens, slots=args.slots, occupancy=occupancy)
+
+
+def mix(layer, x_BD, attend):
+    """One layer's matrix products, without norms, rotations and activations."""
+    import jax.numpy as jnp
+
+    q_BHC = jnp.einsum("bd,dhc->bhc", x_BD, layer["w_q"])
+    for name in ("w_k", "w_v"):
+        q_BHC = q_BHC + jnp.einsum("bd,dnc->bnc", x_BD, layer[name]).sum()
+    x_BD = x_BD + jnp.einsum("bhc,hcd->bd", attend(q_BHC), layer["w_o"])
+    gate, up = (jnp.einsum("bd,df->bf", x_BD, layer[name]) for name in ("w_gate", "w_up"))
+    return x_BD + jnp.einsum("bf,fd->bd", gate * up, layer["w_down"])
+
+
+def prompt_seconds(engine, weights, tokens: int) -> float:
+    """Seconds of the bare products of this many prompt tokens, without attention; best of 5."""
+    import jax
+    import jax.numpy as jnp
+
+    @jax.jit
+    def products(layers, x_BD):
+        for layer in layers:
+            x_BD = mix(layer, x_BD, lambda q_BHC: q_BHC)
+        return x_BD
+
+    x_BD = jnp.ones((tokens, engine.model_cfg.d_model)) * 1e-3
+    run = lambda: jax.block_until_ready(products(weights.params["layers"], x_BD))
+    return min(wall for wall, _ in timed(run, 5)[1])
 
 
 def run_limit(args) -> None:
@@ -168,16 +199,13 @@ def run_limit(args) -> None:
     @jax.jit
     def products(params, caches, x_BD):
         for layer, (k, v) in zip(params["layers"], caches, strict=True):
-            q_BHC = jnp.einsum("bd,dhc->bhc", x_BD, layer["w_q"])
-            for name in ("w_k", "w_v"):
-                q_BHC = q_BHC + jnp.einsum("bd,dnc->bnc", x_BD, layer[name]).sum()
-            q_BNGC = q_BHC.reshape(B, N, -1, C)
-            score = jnp.einsum("bngc,bncs->bngs", q_BNGC, k)
-            out = jnp.einsum("bngs,bnsc->bngc", score, v).reshape(B, -1, C)
-            x_BD = x_BD + jnp.einsum("bhc,hcd->bd", out, layer["w_o"])
-            gate = jnp.einsum("bd,df->bf", x_BD, layer["w_gate"])
-            up = jnp.einsum("bd,df->bf", x_BD, layer["w_up"])
-            x_BD = x_BD + jnp.einsum("bf,fd->bd", gate * up, layer["w_down"])
+
+            def attend(q_BHC, k=k, v=v):
+                q_BNGC = q_BHC.reshape(B, N, -1, C)
+                score = jnp.einsum("bngc,bncs->bngs", q_BNGC, k)
+                return jnp.einsum("bngs,bnsc->bngc", score, v).reshape(q_BHC.shape)
+
+            x_BD = mix(layer, x_BD, attend)
         return jnp.einsum("bd,vd->bv", x_BD, decoder.head_weight(params, cfg))
 
     x_BD = jnp.ones((B, cfg.d_model)) * 1e-3
@@ -253,7 +281,7 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=256)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=32)
-    parser.add_argument("--row-halvings", type=int, default=3)
+    parser.add_argument("--row-halvings", type=int, default=5)
     args = parser.parse_args()
     if args.engine and len(args.engine) == 1:
         ENGINES[args.engine[0]](args)

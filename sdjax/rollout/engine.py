@@ -395,12 +395,10 @@ class _Run:
     def _decode(self) -> None:
         """One chunk on the device, then the books."""
         started = time.perf_counter()
-        table, cfg = self.table, self.cfg
-        more = self._pending() or not self.exhausted
-        stop_after = max(1, int(table.rows * cfg.refill_fraction)) if more else table.rows + 1
-        slots = table.slots(cfg.chunk)
+        table = self.table
+        slots = table.slots(self.cfg.chunk)
         self.layers, chunk = self.engine._call(
-            "decode", self.weights, self.layers, slots, np.int32(stop_after)
+            "decode", self.weights, self.layers, slots, np.int32(self._stop_after())
         )
         chunk = jax.device_get(chunk)
         self._check(chunk)
@@ -417,6 +415,15 @@ class _Run:
                 self.stats["responses"] += 1
                 if self.on_finish is not None:
                     self.on_finish(completion)
+
+    def _stop_after(self) -> int:
+        """How many responses may finish before the chunk comes back: to refill, or to drop slots."""
+        rows = self.table.rows
+        if self._pending() or not self.exhausted:
+            return max(1, int(rows * self.cfg.refill_fraction))
+        if rows > self.buckets.rows[0]:
+            return max(1, len(self.table.live()) - self.buckets.fewer(rows))
+        return rows + 1
 
     def _check(self, chunk: programs.Chunk) -> None:
         for b in self.table.live():
