@@ -417,7 +417,7 @@ class _Run:
                     self.on_finish(completion)
 
     def _stop_after(self) -> int:
-        """How many responses may finish before the chunk comes back: to refill, or to drop slots."""
+        """How many responses may finish before the chunk returns: to refill, or to drop slots."""
         rows = self.table.rows
         if self._pending() or not self.exhausted:
             return max(1, int(rows * self.cfg.refill_fraction))

@@ -319,6 +319,13 @@ def test_ema_recorded_cases(shared_dir):
                 state = step.update_teacher(state, rate)
             expected = data[f"out_teacher_after2_rate{rate:g}"]
             np.testing.assert_allclose(state.teacher_params["w"], expected, rtol=1e-12)
+    with jax.enable_x64(True), np.load(shared_dir / "fixtures/opsd_ema.npz") as data:
+        student, teacher = ({"w": jnp.asarray(data[name])} for name in ("in_p1", "in_p0"))
+        state = step.TrainState(0, student, None, None, None, 0).replace(teacher_params=teacher)
+        for updates in (1, 2):
+            state = step.update_teacher(state, 1 - 0.999)
+            expected = data[f"out_ema_after_{updates}"]
+            np.testing.assert_allclose(state.teacher_params["w"], expected, rtol=1e-12)
 
 
 def test_sequence_level_weights_are_refused():
