@@ -22,6 +22,7 @@ INSTALL = [
     "absl-py>=2.1",
     "etils[epath]>=1.10",
     "fsspec>=2024.6",
+    "packaging>=23",
     "tensorboard>=2.18",
     "tensorboardX>=2.6.4",
     "matplotlib>=3.9",

@@ -8,6 +8,7 @@ data, in one sentence. Does not train, sample or save.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -89,10 +90,21 @@ def training_mesh(c: ConfigDict) -> Mesh:
     return parallel.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context)
 
 
-def rollout_mesh(c: ConfigDict) -> Mesh:
-    """The mesh this process samples on: its own devices, `tensor` as in training if it fits."""
-    local = jax.local_devices()
-    tensor = c.mesh.tensor if len(local) % c.mesh.tensor == 0 else 1
+def rollout_mesh(c: ConfigDict, local: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh one process samples on: its own devices (`local`), split by config.rollout.tensor.
+
+    Raises ValueError when that does not divide their number. Where it is 0, training's `tensor`
+    counts, as far as it divides.
+    """
+    local = list(jax.local_devices() if local is None else local)
+    tensor = c.rollout.tensor
+    if tensor == 0:
+        tensor = c.mesh.tensor if len(local) % c.mesh.tensor == 0 else 1
+    if len(local) % tensor:
+        raise ValueError(
+            f"rollout.tensor={tensor} does not divide the {len(local)} devices of this host: "
+            "choose a divisor, or 0 for training's mesh.tensor"
+        )
     return parallel.make_mesh(data=-1, tensor=tensor, devices=local)
 
 

@@ -125,7 +125,8 @@ def _sampling() -> ConfigDict:
 
 def _rollout() -> ConfigDict:
     r = ConfigDict()
-    r.slots = 64  # responses decoded at the same time over all devices
+    r.slots = 64  # responses decoded at the same time on one host's devices
+    r.tensor = 0  # splits heads, feed-forward and vocabulary while sampling; 0 = as mesh.tensor
     r.chunk = 32  # decode steps per call from the host
     r.cache_dtype = "auto"  # KV cache: auto = compute dtype, float32, bfloat16, int8
     r.first_length = 128  # columns of the KV cache at first; it doubles while rows grow longer

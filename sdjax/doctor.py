@@ -24,6 +24,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from etils import epath
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from sdjax.distributed.cluster import StartupError, detect, has_tpu_chips
 
@@ -152,7 +154,21 @@ def check_tpu_library() -> Finding:
         state = FAULT if has_tpu_chips() else OK
         remedy = "pip install 'sdjax[tpu]'" if has_tpu_chips() else ""
         return Finding("libtpu", state, "not installed (mode=plan needs it)", remedy)
-    return Finding("libtpu", OK, importlib.metadata.version("libtpu"))
+    installed, wanted = importlib.metadata.version("libtpu"), wanted_libtpu()
+    if wanted is not None and installed not in wanted:
+        seen = f"{installed}, while this jax is built for {wanted}"
+        remedy = "pip install 'sdjax[tpu]': jax cannot read every program of another"
+        return Finding("libtpu", WARN, seen, remedy)
+    return Finding("libtpu", OK, installed)
+
+
+def wanted_libtpu() -> SpecifierSet | None:
+    """The libtpu versions that the installed jax asks for in its own tpu extra."""
+    for line in importlib.metadata.requires("jax") or []:
+        requirement = Requirement(line)
+        if requirement.name == "libtpu":
+            return requirement.specifier
+    return None
 
 
 def check_processes(c: Any) -> Finding:

@@ -13,6 +13,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 GIB = 2**30
 
@@ -86,6 +87,12 @@ class Topology:
     def devices(self) -> int:
         """jax devices of the slice."""
         return self.chips * self.chip.devices_per_chip
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What libtpu must be told beside the name: one chip is less than its usual host."""
+        bounds = {"chips_per_host_bounds": (1, 1, 1)} if self.chips == 1 else {}
+        return {**self.chip.options, **bounds}
 
     @property
     def product(self) -> str:

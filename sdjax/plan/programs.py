@@ -89,9 +89,7 @@ def devices(topology: chips.Topology) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # do not ask a metadata server
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     try:
-        found = topologies.get_topology_desc(
-            topology.name, "tpu", **dict(topology.chip.options)
-        ).devices
+        found = topologies.get_topology_desc(topology.name, "tpu", **topology.options).devices
     except (RuntimeError, ValueError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
         raise ValueError(
@@ -107,7 +105,6 @@ def setup(c: ConfigDict, topology: chips.Topology) -> Setup:
     found = devices(topology)
     mesh = parallel.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context, found)
     local = [d for d in found if d.process_index == found[0].process_index]
-    tensor = c.mesh.tensor if len(local) % c.mesh.tensor == 0 else 1
     cfg = known.model_config(c.model.path)
     adapters = lora.from_config(c.model.lora)
     if adapters is not None:
@@ -127,7 +124,7 @@ def setup(c: ConfigDict, topology: chips.Topology) -> Setup:
         topology=topology,
         cfg=cfg,
         mesh=mesh,
-        rollout_mesh=parallel.make_mesh(data=-1, tensor=tensor, devices=local),
+        rollout_mesh=build.rollout_mesh(c, local),
         objective=objective,
         optimizer=OptimizerConfig.from_config(c),
         spec=spec,
@@ -314,8 +311,19 @@ def compile_program(name: str, lower: Callable[[], Any]) -> Program:
         output_bytes=memory.output_size_in_bytes,
         alias_bytes=memory.alias_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
-        text=compiled.as_text(),
+        text=_text(compiled),
     )
+
+
+def _text(compiled: Any) -> str:
+    """The optimised program. ValueError when jaxlib cannot read what libtpu wrote."""
+    try:
+        return compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"jax {jax.__version__} cannot read the program that libtpu compiled: install the "
+            "libtpu that this jax was built for (pip install --upgrade 'sdjax[tpu]')"
+        ) from error
 
 
 def device_bytes(tree: Any) -> int:

@@ -242,9 +242,9 @@ def _changes(plan: Plan) -> Iterator[list[Change]]:
     if plan.rollout_bytes > plan.limit:
         if plan.slots_that_fit:
             yield [("rollout.slots", plan.slots_that_fit)]
-        tensor = 2 * c.mesh.tensor
-        if plan.rollout_mesh["data"] % 2 == 0 and devices % (c.mesh.fsdp * tensor) == 0:
-            yield [("mesh.tensor", tensor)]
+        for tensor in (2, 4, 8):
+            if plan.rollout_mesh["tensor"] < tensor <= plan.topology.devices // plan.hosts:
+                yield [("rollout.tensor", tensor)]
     if plan.train_bytes > plan.limit:
         if c.model.remat != "full":
             yield [("model.remat", "full")]

@@ -95,7 +95,7 @@ def plan_slots(
             f"{plan} do not fit into the {usable / 2**30:.2f} GiB that may be used of each device: "
             f"a response of {engine.max_prompt_len:,} + {engine.max_new_tokens:,} tokens alone "
             f"needs {plan.cache / 2**30:.2f} GiB of cache. Lower sampling.max_new_tokens, set "
-            "rollout.cache_dtype='int8', or raise mesh.tensor"
+            "rollout.cache_dtype='int8', or raise rollout.tensor"
         )
     return best
 

@@ -84,3 +84,15 @@ def test_it_runs_as_the_command_that_the_docs_name(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "0 fault(s)" in done.stdout
+
+
+def test_a_libtpu_that_jax_was_not_built_for_is_named(monkeypatch):
+    """Such a pair compiles the step and then cannot read the program back (0.0.52 for 0.0.42)."""
+    assert doctor.wanted_libtpu() is not None
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.0.7")
+    finding = doctor.check_tpu_library()
+    assert finding.state == doctor.WARN and "0.0.7" in finding.seen
+    own = next(iter(doctor.wanted_libtpu())).version.replace("*", "1")
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: own)
+    assert doctor.check_tpu_library().state == doctor.OK

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sdjax import config, parallel, plan
+from sdjax import build, config, parallel, plan
 from sdjax.plan import analytic, chips, hlo, known, programs, report, study
 from sdjax.plan.roofline import Phase
 
@@ -178,6 +178,20 @@ def test_the_real_run_is_planned_for_a_tpu(tmp_path, capsys):
     assert by_name["train step"]["collectives"]["all-gather"]["bytes"] > 0
     decode = analytic.decode_flops(cfg, 16, 512 + 32) / 4
     assert by_name["decode step"]["flops"] == pytest.approx(decode, rel=0.35)
+
+
+def test_sampling_may_be_split_otherwise_than_training():
+    """rollout.tensor; 0 follows mesh.tensor as far as a host's devices allow."""
+    c, local = config.base(), jax.devices()[:4]
+    assert build.rollout_mesh(c, local).shape["tensor"] == 1
+    c.mesh.tensor = 8
+    assert dict(build.rollout_mesh(c, local).shape)["data"] == 4
+    c.rollout.tensor = 2
+    mesh = build.rollout_mesh(c, local)
+    assert (mesh.shape["data"], mesh.shape["tensor"]) == (2, 2)
+    c.rollout.tensor = 3
+    with pytest.raises(ValueError, match="rollout.tensor=3 does not divide the 4 devices"):
+        build.rollout_mesh(c, local)
 
 
 @needs_libtpu
