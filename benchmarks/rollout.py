@@ -19,6 +19,7 @@ seconds of the whole process (`cpu_s`), and `tokens_per_cpu_s`.
 """
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -152,16 +153,16 @@ def run_longest(args) -> None:
     report("longest", args, runs, first, tokens, slots=args.slots, occupancy=occupancy)
 
 
-def mix(layer, x_BD, attend):
+def mix(layer, x_B1D, attend):
     """One layer's matrix products, without norms, rotations and activations."""
-    import jax.numpy as jnp
+    from sdjax.models.decoder import product
 
-    q_BHC = jnp.einsum("bd,dhc->bhc", x_BD, layer["w_q"])
+    q_B1HC = product(x_B1D, layer, "w_q", "btd,dhc->bthc")
     for name in ("w_k", "w_v"):
-        q_BHC = q_BHC + jnp.einsum("bd,dnc->bnc", x_BD, layer[name]).sum()
-    x_BD = x_BD + jnp.einsum("bhc,hcd->bd", attend(q_BHC), layer["w_o"])
-    gate, up = (jnp.einsum("bd,df->bf", x_BD, layer[name]) for name in ("w_gate", "w_up"))
-    return x_BD + jnp.einsum("bf,fd->bd", gate * up, layer["w_down"])
+        q_B1HC = q_B1HC + product(x_B1D, layer, name, "btd,dnc->btnc").sum()
+    x_B1D = x_B1D + product(attend(q_B1HC), layer, "w_o", "bthc,hcd->btd")
+    gate, up = (product(x_B1D, layer, name, "btd,df->btf") for name in ("w_gate", "w_up"))
+    return x_B1D + product(gate * up, layer, "w_down", "btf,fd->btd")
 
 
 def prompt_seconds(engine, weights, tokens: int) -> float:
@@ -170,18 +171,22 @@ def prompt_seconds(engine, weights, tokens: int) -> float:
     import jax.numpy as jnp
 
     @jax.jit
-    def products(layers, x_BD):
+    def products(layers, x_B1D):
         for layer in layers:
-            x_BD = mix(layer, x_BD, lambda q_BHC: q_BHC)
-        return x_BD
+            x_B1D = mix(layer, x_B1D, lambda q_B1HC: q_B1HC)
+        return x_B1D
 
-    x_BD = jnp.ones((tokens, engine.model_cfg.d_model)) * 1e-3
-    run = lambda: jax.block_until_ready(products(weights.params["layers"], x_BD))
+    x_B1D = jnp.ones((tokens, 1, engine.model_cfg.d_model)) * 1e-3
+    run = lambda: jax.block_until_ready(products(weights.params["layers"], x_B1D))
     return min(wall for wall, _ in timed(run, 5)[1])
 
 
 def run_limit(args) -> None:
-    """Times one step's products at full slots, and charges the useful tokens for it."""
+    """Times one step's products at full slots, and charges the useful tokens for it.
+
+    Twice: with the weights on the left of every product, as the engine has them on a CPU (the
+    faster way, hence the line's figures), and as plain x W (`plain_step_ms`).
+    """
     import jax
     import jax.numpy as jnp
 
@@ -196,24 +201,28 @@ def run_limit(args) -> None:
     B, N, C = args.slots, cfg.n_kv_heads, cfg.head_dim
     caches = [(jnp.ones((B, N, C, seen)), jnp.ones((B, N, seen, C))) for _ in range(cfg.n_layers)]
 
-    @jax.jit
-    def products(params, caches, x_BD):
+    @functools.partial(jax.jit, static_argnums=3)
+    def products(params, caches, x_B1D, weight_left):
         for layer, (k, v) in zip(params["layers"], caches, strict=True):
 
-            def attend(q_BHC, k=k, v=v):
-                q_BNGC = q_BHC.reshape(B, N, -1, C)
+            def attend(q_B1HC, k=k, v=v):
+                q_BNGC = q_B1HC.reshape(B, N, -1, C)
                 score = jnp.einsum("bngc,bncs->bngs", q_BNGC, k)
-                return jnp.einsum("bngs,bnsc->bngc", score, v).reshape(q_BHC.shape)
+                return jnp.einsum("bngs,bnsc->bngc", score, v).reshape(q_B1HC.shape)
 
-            x_BD = mix(layer, x_BD, attend)
-        return jnp.einsum("bd,vd->bv", x_BD, decoder.head_weight(params, cfg))
+            x_B1D = mix(layer, x_B1D, attend)
+        return decoder.logits(params, x_B1D, cfg, weight_left)
 
-    x_BD = jnp.ones((B, cfg.d_model)) * 1e-3
-    first, runs = timed(lambda: jax.block_until_ready(products(params, caches, x_BD)), 20)
+    x_B1D = jnp.ones((B, 1, cfg.d_model)) * 1e-3
+    call = lambda *given: timed(lambda: jax.block_until_ready(products(params, *given)), 20)
+    plain = statistics.median(wall for wall, _ in call(caches, x_B1D, False)[1])
+    params["layers"] = tuple(map(decoder.output_first, params["layers"]))
+    first, runs = call(caches, x_B1D, True)
+    step = statistics.median(wall for wall, _ in runs)
     tokens = int(lengths.sum())
     runs = [(wall * tokens / B, cpu * tokens / B) for wall, cpu in runs]
-    step_ms = round(statistics.median(w for w, _ in runs) * B / tokens * 1e3, 2)
-    report("limit", args, runs, first, tokens, slots=B, step_ms=step_ms, cached_tokens=seen)
+    steps = dict(step_ms=round(step * 1e3, 2), plain_step_ms=round(plain * 1e3, 2))
+    report("limit", args, runs, first, tokens, slots=B, cached_tokens=seen, **steps)
 
 
 def run_transformers(args) -> None:

@@ -10,11 +10,12 @@ from ml_collections import ConfigDict
 
 from sdjax import config, paper
 
-VARIANTS = paper.SDPO_VARIANTS
+VARIANTS = {**paper.SDPO_VARIANTS, "v6e": paper.olmo_v6e}
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """The run, or its variants named in `arg` (comma separated; `tiny` is one more)."""
     c = paper.base("allenai/Olmo-3-7B-Instruct")
     paper.sdpo(c)
+    paper.olmo(c)
     return config.with_variants(c, arg, VARIANTS)

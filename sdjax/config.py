@@ -370,7 +370,7 @@ def shrink(c: ConfigDict) -> None:
     c.data.max_prompt_len = 128
     c.batch.prompts, c.batch.mini_prompts, c.batch.group_size = 4, 2, 4
     c.sampling.max_new_tokens = 48
-    c.rollout.slots = 16
+    c.rollout.slots, c.rollout.tensor = 16, 0
     c.objective.distillation_topk = min(c.objective.distillation_topk, 32)
     c.teacher.context.max_len = 256
     c.train.steps = 2

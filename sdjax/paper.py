@@ -29,7 +29,8 @@ def base(model: str) -> ConfigDict:
     c.eval.samples = 16
     c.eval.max_new_tokens = 38912
     c.eval.temperature, c.eval.top_p, c.eval.top_k = 0.6, 0.95, 20
-    c.mesh.fsdp = 16
+    c.mesh.fsdp = 16  # for a v5p-128; the variant v6e is for a v6e-256 (docs/pods.md)
+    c.rollout.slots = 32
     return c
 
 
@@ -74,9 +75,26 @@ def coverage(c: ConfigDict) -> None:
     c.batch.prompts, c.batch.mini_prompts = 64, 32
 
 
+def v6e(c: ConfigDict) -> None:
+    """A v6e-256, whose chips have a third of a v5p's memory."""
+    c.mesh.fsdp, c.mesh.tensor = 64, 4
+    c.rollout.slots = 12
+
+
+def olmo(c: ConfigDict) -> None:
+    """Every head of OLMo-3 has keys and values of its own: 20 GiB for each longest response."""
+    c.rollout.tensor, c.rollout.slots = 4, 12
+
+
+def olmo_v6e(c: ConfigDict) -> None:
+    """OLMo-3 on a v6e-256."""
+    v6e(c)
+    c.rollout.slots = 4
+
+
 # What the paper varies. The first two need a model whose thinking can be switched off.
 THINKING_VARIANTS = {"nothink": nothink, "coverage": coverage}
-GRPO_VARIANTS = {"mini64": lambda c: c.batch.update(mini_prompts=64)}
+GRPO_VARIANTS = {"mini64": lambda c: c.batch.update(mini_prompts=64), "v6e": v6e}
 SDPO_VARIANTS = {
     **GRPO_VARIANTS,
     "ema0.05": lambda c: c.teacher.update(ema_rate=0.05),

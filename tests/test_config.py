@@ -32,7 +32,7 @@ def test_every_config_and_variant_is_valid(path):
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.stem.startswith(("sdpo_", "grpo_"))])
 def test_paper_configs_offer_the_ablations(path):
     """A variant that is no longer offered would no longer be checked above."""
-    names = {"mini64"}
+    names = {"mini64", "v6e"}
     if path.stem.startswith("sdpo_"):
         names |= {"ema0.05", "lr1e-6", "topk256", "no_think_context", "solution_context"}
     if path.stem.endswith("_qwen"):
@@ -44,6 +44,13 @@ def test_paper_configs_offer_the_ablations(path):
 def test_unknown_variant_lists_the_known_ones(path):
     with pytest.raises(ValueError, match="unknown config variant 'nonsense': known are .*tiny"):
         load(path).get_config("nonsense")
+
+
+def test_a_smoke_run_needs_one_device():
+    """What is set for a slice must not outlive the variant `tiny`."""
+    for path in CONFIGS:
+        c = load(path).get_config("tiny")
+        assert (c.mesh.fsdp, c.mesh.tensor, c.mesh.context, c.rollout.tensor) == (1, 1, 1, 0)
 
 
 def test_paper_values():

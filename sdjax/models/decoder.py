@@ -25,6 +25,9 @@ from sdjax.types import Params
 
 # attend(q_BTHC, k_BTNC, v_BTNC, state_of_layer, window) -> (out_BTHC, state_of_layer)
 Attend = Callable[[Array, Array, Array, Any, int | None], tuple[Array, Any]]
+# How many leading axes of a matrix are its input's; the others are its output's.
+INPUT_AXES = {"w_q": 1, "w_k": 1, "w_v": 1, "w_o": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
+FEW_ROWS = 64  # up to so many, a product of output-first weights has the weights on the left
 MAX_PERIOD = 8  # layers unrolled in one step of the scan when their kinds alternate (olmo3: 4)
 
 
@@ -121,9 +124,42 @@ def rms_norm(x: Array, weight: Array, eps: float, axes: int | tuple[int, ...] = 
     return (wide * scale * weight.astype(wide.dtype)).astype(x.dtype)
 
 
+def product(x: Array, layer: Params, name: str, equation: str) -> Array:
+    """x W by the einsum `equation` of `x` and the leaf `name`, in either layout of the leaf.
+
+    An output-first leaf (see `output_first`) is called t`name`. With few rows the weights are then
+    the left operand: XLA's CPU backend multiplies a tall matrix by few columns up to twice as fast
+    as few rows by a wide matrix. The barrier keeps it from swapping them back.
+    """
+    if name in layer:
+        return jnp.einsum(equation, x, layer[name].astype(x.dtype))
+    rows, weight, out = equation.replace("->", ",").split(",")
+    kept = "".join(letter for letter in weight if letter in out)
+    turned = kept + "".join(letter for letter in weight if letter not in out)
+    weight = layer["t" + name].astype(x.dtype)
+    if x.shape[0] * x.shape[1] > FEW_ROWS:
+        return jnp.einsum(f"{rows},{turned}->{out}", x, weight)
+    y = jnp.einsum(f"{turned},{rows}->{kept}{rows[:2]}", weight, x)
+    return jnp.moveaxis(jax.lax.optimization_barrier(y), (-2, -1), (0, 1))
+
+
+def output_first(layer: Params, turn: Callable[[Any, int], Any] | None = None) -> Params:
+    """One unstacked layer with its matrices as [output, input], under the names t`name`.
+
+    `turn(leaf, n)` moves the first n axes of a leaf to its end; of arrays when None.
+    """
+    turn = turn or (lambda leaf, n: leaf.transpose(*range(n, leaf.ndim), *range(n)))
+    return {
+        ("t" + name if name in INPUT_AXES else name): (
+            turn(leaf, INPUT_AXES[name]) if name in INPUT_AXES else leaf
+        )
+        for name, leaf in layer.items()
+    }
+
+
 def _linear(x: Array, layer: Params, name: str, equation: str, cfg: ModelConfig, key) -> Array:
     """x W, plus bias and low-rank adapter where there are any; `name` is the leaf's without w_."""
-    y = jnp.einsum(equation, x, layer["w_" + name].astype(x.dtype))
+    y = product(x, layer, "w_" + name, equation)
     bias = layer.get("b_" + name)
     if bias is not None:
         y = y + bias.astype(x.dtype)
@@ -328,8 +364,16 @@ def head_weight(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:
 
 
 def logits(
-    params: Params, hidden_BTD: Float[Array, "B T D"], cfg: ModelConfig
+    params: Params, hidden_BTD: Float[Array, "B T D"], cfg: ModelConfig, weight_left: bool = False
 ) -> Float[Array, "B T V"]:
-    """float32 logits of every position. The training step takes its own chunks instead."""
+    """float32 logits of every position. The training step takes its own chunks instead.
+
+    `weight_left` is for few rows on a CPU, see `product`.
+    """
     weight_VD = head_weight(params, cfg).astype(hidden_BTD.dtype)
+    if weight_left:
+        logits_VBT = jnp.einsum(
+            "vd,btd->vbt", weight_VD, hidden_BTD, preferred_element_type=jnp.float32
+        )
+        return jnp.moveaxis(jax.lax.optimization_barrier(logits_VBT), 0, -1)
     return jnp.einsum("btd,vd->btv", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)

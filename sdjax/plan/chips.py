@@ -89,6 +89,11 @@ class Topology:
         return self.chips * self.chip.devices_per_chip
 
     @property
+    def host(self) -> Topology:
+        """The part of the slice that is one usual host: 2 x 2 chips, or the slice if smaller."""
+        return Topology(self.chip, tuple(map(min, self.sides, (2, 2, 1))))
+
+    @property
     def options(self) -> dict[str, Any]:
         """What libtpu must be told beside the name: one chip is less than its usual host."""
         bounds = {"chips_per_host_bounds": (1, 1, 1)} if self.chips == 1 else {}

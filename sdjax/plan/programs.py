@@ -104,7 +104,8 @@ def setup(c: ConfigDict, topology: chips.Topology) -> Setup:
     c = _on_tpu(c)
     found = devices(topology)
     mesh = parallel.make_mesh(c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context, found)
-    local = [d for d in found if d.process_index == found[0].process_index]
+    # a slice of its own: XLA cannot compile for some devices of a slice that is only described
+    host = devices(topology.host)
     cfg = known.model_config(c.model.path)
     adapters = lora.from_config(c.model.lora)
     if adapters is not None:
@@ -124,7 +125,7 @@ def setup(c: ConfigDict, topology: chips.Topology) -> Setup:
         topology=topology,
         cfg=cfg,
         mesh=mesh,
-        rollout_mesh=build.rollout_mesh(c, local),
+        rollout_mesh=build.rollout_mesh(c, host),
         objective=objective,
         optimizer=OptimizerConfig.from_config(c),
         spec=spec,

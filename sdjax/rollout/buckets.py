@@ -121,8 +121,10 @@ class EngineConfig:
             lengths.append(min(2 * lengths[-1], _round_up(self.max_length, 32)))
         longest_prompt = max(1, self.max_prompt_len - 1)
         prompts = [min(32, _round_up(longest_prompt, 8))]
-        while prompts[-1] < longest_prompt:
-            prompts.append(min(2 * prompts[-1], _round_up(longest_prompt, 32)))
+        while prompts[-1] < longest_prompt:  # 32, 48, 64, 96, 128, ...: at most a third is padding
+            halfway = prompts[-1] % 3 != 0
+            longer = prompts[-1] * 3 // 2 if halfway else prompts[-1] * 4 // 3
+            prompts.append(min(longer, _round_up(longest_prompt, 16)))
         prompts = [min(p, lengths[-1]) for p in prompts]
         return Buckets(tuple(rows), tuple(lengths), tuple(prompts), self.prefill_tokens, shards)
 

@@ -83,6 +83,7 @@ class Engine:
             compute_dtype=engine_cfg.compute_dtype,
             candidates=engine_cfg.candidates,
             by_row=mesh.size == 1,
+            output_first=mesh.devices.flat[0].platform == "cpu",
         )
         layer = kv.shardings(self.spec, mesh)
         layers, whole = [layer] * model_cfg.n_layers, replicated(mesh)
@@ -166,7 +167,10 @@ class Engine:
         return jax.tree.map(lambda leaf: leaf.astype(self.cfg.compute_dtype), params)
 
     def _unstack(self, params: Params) -> Params:
-        return decoder.unstack_layers(self._merge_and_cast(params), self.static.model)
+        params = decoder.unstack_layers(self._merge_and_cast(params), self.static.model)
+        if self.static.output_first:
+            params["layers"] = tuple(map(decoder.output_first, params["layers"]))
+        return params
 
     def _stacked_specs(self) -> Params:
         """PartitionSpecs of the stacked parameters on this engine's mesh."""
@@ -180,11 +184,11 @@ class Engine:
         shapes = jax.tree.map(lambda s: s.letters, specs, is_leaf=decoder.is_spec)
         decoder.param_shardings(self.static.model, self.mesh)  # complains of what does not split
         place = functools.partial(self.buckets.weight_sharding, self.mesh)
-        layers = jax.tree.map(
-            lambda letters: place(letters.removeprefix("L")), shapes.pop("layers")
-        )
-        out = jax.tree.map(place, shapes)
-        return {**out, "layers": (layers,) * self.static.model.n_layers}
+        layer = jax.tree.map(lambda letters: letters.removeprefix("L"), shapes.pop("layers"))
+        if self.static.output_first:
+            layer = decoder.output_first(layer, lambda letters, n: letters[n:] + letters[:n])
+        shapes["layers"] = (layer,) * self.static.model.n_layers
+        return jax.tree.map(place, shapes)
 
     def _zeros(self, rows: int, length: int) -> kv.Layer:
         return {n: jnp.zeros(s.shape, s.dtype) for n, s in self.spec.shapes(rows, length).items()}

@@ -22,7 +22,7 @@ SMALL = {
     "intermediate_size": 512,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
-    "num_key_value_heads": 1,
+    "num_key_value_heads": 2,
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
@@ -161,6 +161,7 @@ def test_the_real_run_is_planned_for_a_tpu(tmp_path, capsys):
     FLOPs agree with formulas."""
     c = small_config(tmp_path)
     c.plan.topology = "v5e:2x4"
+    c.rollout.tensor = 2  # sampling with collectives among one host's devices
     plan.run(c, str(tmp_path / "run"))
     assert "**Fits**" in capsys.readouterr().out
     saved = json.loads((tmp_path / "run" / "plan" / "v5e-2x4.json").read_text())
