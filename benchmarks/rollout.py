@@ -11,6 +11,7 @@ prints one JSON line per engine, each measured in a process of its own:
                    products of prompts without padding
     limit          the bare matrix products and cache reads of the useful tokens, nothing else
     transformers   `generate` on PyTorch, as often as there are batch sizes (--torch-python)
+    int8           what an int8 cache changes: log-probabilities of the same tokens under both
 
 The workload is `--requests` random prompts of 16 to 64 tokens and log-normal response lengths with
 median 32, cut at 256; temperature 1, no end token, float32. `seconds` is the median of `reps` runs
@@ -19,6 +20,7 @@ seconds of the whole process (`cpu_s`), and `tokens_per_cpu_s`.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -76,7 +78,7 @@ def report(engine: str, args, runs, first: float, tokens: int, **extra) -> None:
     print(json.dumps(line | extra), flush=True)
 
 
-def setup(args, equal: bool):
+def setup(args, equal: bool, cache_dtype: str = "auto"):
     """Engine, weights and requests of the workload."""
     import jax
 
@@ -95,6 +97,7 @@ def setup(args, equal: bool):
             max_new_tokens=args.longest,
             chunk=args.chunk,
             row_halvings=args.row_halvings,
+            cache_dtype=cache_dtype,
         ),
         single_device_mesh(),
         end_token_ids=[],
@@ -225,6 +228,30 @@ def run_limit(args) -> None:
     report("limit", args, runs, first, tokens, slots=B, cached_tokens=seen, **steps)
 
 
+def run_int8(args) -> None:
+    """Samples with a float32 cache, then forces the same tokens on an int8 one."""
+    engine, weights, requests, tokens = setup(args, equal=False)
+    exact = engine.generate(weights, requests)
+    small = setup(args, equal=False, cache_dtype="int8")[0]
+    forced = [
+        dataclasses.replace(request, forced_prefix=tuple(done.tokens))
+        for request, done in zip(requests, exact, strict=True)
+    ]
+    pairs = zip(exact, small.generate(weights, forced), strict=True)
+    errors = np.concatenate([np.abs(a.sampler_logp - b.sampler_logp) for a, b in pairs])
+    line = dict(
+        engine="int8",
+        ckpt=pathlib.Path(args.ckpt).name,
+        tokens=int(tokens),
+        cache_mb=memory_line(small, weights)["cache_mb"],
+        float32_cache_mb=memory_line(engine, weights)["cache_mb"],
+        logp_error_mean=round(float(errors.mean()), 5),
+        logp_error_p99=round(float(np.quantile(errors, 0.99)), 5),
+        logp_error_max=round(float(errors.max()), 5),
+    )
+    print(json.dumps(line), flush=True)
+
+
 def run_transformers(args) -> None:
     import torch
     from transformers import AutoModelForCausalLM, StoppingCriteria, StoppingCriteriaList
@@ -275,6 +302,7 @@ ENGINES = {
     "longest": run_longest,
     "equal": lambda args: run_sdjax(args, equal=True),
     "transformers": run_transformers,
+    "int8": run_int8,
 }
 
 

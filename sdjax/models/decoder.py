@@ -100,11 +100,22 @@ def init_params(cfg: ModelConfig, key: Array, dtype: Any = jnp.float32) -> Param
     return tree.unflatten([draw(s, k) for s, k in zip(leaves, keys, strict=True)])
 
 
+def param_letters(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """Axis letters of every parameter as it is placed on `mesh`: those of its ParamSpec.
+
+    Except that a vocabulary that does not split over `tensor` (OLMo-3's 100,278 over 4) stays
+    whole: letter 1 instead of V. Logits are split all the same, unevenly.
+    """
+    whole = cfg.vocab_size % mesh.shape[PARAM_RULES["V"]] != 0
+    letters = lambda spec: spec.letters.replace("V", "1") if whole else spec.letters
+    return jax.tree.map(letters, param_specs(cfg), is_leaf=is_spec)
+
+
 def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
     """NamedSharding of every parameter. ValueError when an axis does not split over the mesh."""
 
-    def place(path: Any, spec: ParamSpec):
-        for letter, size in zip(spec.letters, spec.shape, strict=True):
+    def place(path: Any, spec: ParamSpec, letters: str):
+        for letter, size in zip(letters, spec.shape, strict=True):
             axis = PARAM_RULES.get(letter)
             if axis is not None and size % mesh.shape[axis]:
                 name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -112,9 +123,10 @@ def param_shardings(cfg: ModelConfig, mesh: Mesh) -> Params:
                     f"axis {letter} of {name} has {size} entries, which do not split over "
                     f"mesh.{axis}={mesh.shape[axis]}: choose a divisor of {size}"
                 )
-        return sharding(mesh, spec.letters)
+        return sharding(mesh, letters)
 
-    return jax.tree_util.tree_map_with_path(place, param_specs(cfg), is_leaf=is_spec)
+    specs, letters = param_specs(cfg), param_letters(cfg, mesh)
+    return jax.tree_util.tree_map_with_path(place, specs, letters, is_leaf=is_spec)
 
 
 def rms_norm(x: Array, weight: Array, eps: float, axes: int | tuple[int, ...] = -1) -> Array:

@@ -287,12 +287,9 @@ def _used_bytes(parameter: Instruction, body: list[Instruction], shape: Shape) -
     if not shape.in_hbm:
         return 0.0
     users = [x for x in body if parameter.name in x.operands]
-    if users and all(x.opcode in SLICES and x.operands[0] == parameter.name for x in users):
-        return sum(_first(x).bytes for x in users)
-    if users and all(
-        x.opcode == "dynamic-update-slice" and x.operands[0] == parameter.name for x in users
-    ):
-        return 0.0
+    in_part = (*SLICES, "dynamic-update-slice")
+    if users and all(x.opcode in in_part and x.operands[0] == parameter.name for x in users):
+        return sum(_first(x).bytes for x in users if x.opcode in SLICES)
     return shape.bytes
 
 

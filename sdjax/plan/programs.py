@@ -231,7 +231,7 @@ def rollout_static(s: Setup) -> tuple[rollout_programs.Static, Any]:
     specs = decoder.param_specs(plain)
     shapes = _shapes(specs, jnp.dtype(s.engine.compute_dtype))
     unstacked = jax.eval_shape(functools.partial(decoder.unstack_layers, cfg=plain), shapes)
-    letters = jax.tree.map(lambda p: p.letters, specs, is_leaf=decoder.is_spec)
+    letters = decoder.param_letters(plain, s.rollout_mesh)
     layer = jax.tree.map(lambda text: text.removeprefix("L"), letters.pop("layers"))
     letters["layers"] = (layer,) * plain.n_layers
     places = jax.tree.map(lambda x: buckets.weight_sharding(s.rollout_mesh, x), letters)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from sdjax.models import lora
 from sdjax.plan import analytic, chips, hlo, programs
 from sdjax.plan.roofline import Phase
+from sdjax.rollout import cache as kv
 
 GIB = 2**30
 
@@ -158,9 +159,11 @@ def _rollout_memory(
 
 
 def _cache_bytes_per_slot(s: programs.Setup, static: Any) -> int:
-    """Bytes on one device per decode slot at the greatest length."""
-    length = s.engine.buckets(_row_shards(s)).lengths[-1]
-    return static.cache.nbytes(s.rollout_mesh.size, length) // s.rollout_mesh.size // _row_shards(s)
+    """Bytes on one device per decode slot of a host, at the greatest length."""
+    rows = _row_shards(s)
+    shapes = static.cache.shapes(rows, s.engine.buckets(rows).lengths[-1])
+    layer = programs.abstract(shapes, kv.shardings(static.cache, s.rollout_mesh))
+    return static.cache.n_layers * programs.device_bytes(layer) // rows
 
 
 def _row_shards(s: programs.Setup) -> int:

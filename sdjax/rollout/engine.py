@@ -174,21 +174,19 @@ class Engine:
 
     def _stacked_specs(self) -> Params:
         """PartitionSpecs of the stacked parameters on this engine's mesh."""
-        specs = decoder.param_specs(self.static.model)
-        place = lambda s: self.buckets.weight_sharding(self.mesh, s.letters).spec
-        return jax.tree.map(place, specs, is_leaf=decoder.is_spec)
+        place = lambda letters: self.buckets.weight_sharding(self.mesh, letters).spec
+        return jax.tree.map(place, decoder.param_letters(self.static.model, self.mesh))
 
     def _weight_shardings(self) -> Params:
         """Rules of the parameters, whole over fsdp: a decode step must not gather its weights."""
-        specs = decoder.param_specs(self.static.model)
-        shapes = jax.tree.map(lambda s: s.letters, specs, is_leaf=decoder.is_spec)
+        letters = decoder.param_letters(self.static.model, self.mesh)
         decoder.param_shardings(self.static.model, self.mesh)  # complains of what does not split
         place = functools.partial(self.buckets.weight_sharding, self.mesh)
-        layer = jax.tree.map(lambda letters: letters.removeprefix("L"), shapes.pop("layers"))
+        layer = jax.tree.map(lambda text: text.removeprefix("L"), letters.pop("layers"))
         if self.static.output_first:
-            layer = decoder.output_first(layer, lambda letters, n: letters[n:] + letters[:n])
-        shapes["layers"] = (layer,) * self.static.model.n_layers
-        return jax.tree.map(place, shapes)
+            layer = decoder.output_first(layer, lambda text, n: text[n:] + text[:n])
+        letters["layers"] = (layer,) * self.static.model.n_layers
+        return jax.tree.map(place, letters)
 
     def _zeros(self, rows: int, length: int) -> kv.Layer:
         return {n: jnp.zeros(s.shape, s.dtype) for n, s in self.spec.shapes(rows, length).items()}
@@ -330,14 +328,17 @@ class _Run:
     def _prefill(self) -> _Prefilled:
         """Prefills the first prompt of the queue and others that are padded to the same length.
 
-        Every response of a prompt shares its row; what is left stays in the queue in order.
+        Rows that these leave empty take shorter prompts. Every response of a prompt shares its row;
+        what is left stays in the queue in order.
         """
         started = time.perf_counter()
         bucket = lambda request: self.buckets.prompt_for(len(request.prompt_tokens) - 1)
         padded = bucket(self.queue[0].request)
-        alike = {r.request.id: r.request for r in self.queue if bucket(r.request) == padded}
-        rows = self.buckets.prefill_size(len(alike), padded)
-        prompts = list(alike.values())[:rows]
+        queued = {r.request.id: r.request for r in self.queue if bucket(r.request) <= padded}
+        alike_first = sorted(queued.values(), key=bucket, reverse=True)
+        alike = sum(bucket(request) == padded for request in alike_first)
+        rows = self.buckets.prefill_size(alike, padded)
+        prompts = alike_first[:rows]
         row_of = {request.id: row for row, request in enumerate(prompts)}
         taken = [response for response in self.queue if response.request.id in row_of]
         self.queue = collections.deque(r for r in self.queue if r.request.id not in row_of)

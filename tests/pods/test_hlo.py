@@ -48,6 +48,35 @@ def test_buffers_on_chip_are_free():
     assert product_only.bytes == 7 * per_trip
 
 
+UPDATE = """HloModule u
+
+%fused (p.0: f32[1000,16], p.1: f32[1,16], p.2: s32[], p.3: pred[1,16]) -> f32[1000,16] {
+  %p.0 = f32[1000,16]{1,0} parameter(0)
+  %p.1 = f32[1,16]{1,0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %p.3 = pred[1,16]{1,0} parameter(3)
+  %zero = s32[] constant(0)
+  %old = f32[1,16]{1,0} dynamic-slice(%p.0, %p.2, %zero), dynamic_slice_sizes={1,16}
+  %new = f32[1,16]{1,0} select(%p.3, %p.1, %old)
+  ROOT %out = f32[1000,16]{1,0} dynamic-update-slice(%p.0, %new, %p.2, %zero)
+}
+
+ENTRY %main (a: f32[1000,16], b: f32[1,16], i: s32[], m: pred[1,16]) -> f32[1000,16] {
+  %a = f32[1000,16]{1,0} parameter(0)
+  %b = f32[1,16]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %m = pred[1,16]{1,0} parameter(3)
+  ROOT %f = f32[1000,16]{1,0} fusion(%a, %b, %i, %m), kind=kLoop, calls=%fused
+}
+"""
+
+
+def test_a_masked_update_in_place_costs_what_it_changes():
+    """How a row is written to the KV cache: counted whole, it would be a hundred times the rest."""
+    row = 16 * 4
+    assert hlo.count(UPDATE).bytes == row + row + 4 + 16 + row  # new, old, place, mask, written
+
+
 def test_run_time_trip_counts_are_asked_for():
     """A loop bounded by a value gets what the planner knows of it, by nesting depth."""
     text = MODULE.replace("%n = s32[]{:T(128)} constant(7)", "%n = s32[]{:T(128)} add(%j, %j)")

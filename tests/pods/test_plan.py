@@ -10,6 +10,7 @@ import pytest
 from sdjax import build, config, parallel, plan
 from sdjax.plan import analytic, chips, hlo, known, programs, report, study
 from sdjax.plan.roofline import Phase
+from sdjax.rollout import EngineConfig
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
@@ -173,6 +174,10 @@ def test_the_real_run_is_planned_for_a_tpu(tmp_path, capsys):
     assert memory["parameters"] == pytest.approx(shard, rel=0.01)
     assert memory["optimizer"] == pytest.approx(2 * shard, rel=0.01)
     assert memory["teacher"] == memory["parameters"]
+    # bfloat16 keys and values of 2 heads of 128 in 2 layers, 16 slots over 4 devices
+    length = EngineConfig.from_config(c).buckets().lengths[-1]
+    cache = 2 * 2 * 2 * 128 * 2 * length * 16 / 4
+    assert saved["rollout_memory"]["KV cache"] == pytest.approx(cache)
     assert saved["train_bytes"] < saved["hbm_bytes"] and saved["slots_that_fit"] > 16
     by_name = {phase["name"]: phase for phase in saved["phases"]}
     assert set(by_name) == {"prefill", "decode step", "train step", "scoring (by formula)"}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from decoding import ENDS, ENGINE, MODEL, logits_of, make_requests, one_by_one
 
+from sdjax.models import decoder
 from sdjax.parallel import make_mesh, single_device_mesh
 from sdjax.records import Request, SamplingParams
 from sdjax.rollout.engine import Engine
@@ -65,6 +66,16 @@ def test_tokens_do_not_depend_on_the_mesh(params, engine):
     cfg = dataclasses.replace(ENGINE, first_length=64)
     sharded = Engine(MODEL, cfg, mesh, ENDS)
     assert same(engine.generate(params, requests), sharded.generate(params, requests))
+
+
+def test_a_vocabulary_that_does_not_split_over_the_mesh():
+    """OLMo-3's 100,278 entries over 4 devices: the weights stay whole, the tokens the same."""
+    model = dataclasses.replace(MODEL, vocab_size=163)
+    params = decoder.init_params(model, jax.random.key(5))
+    mesh = make_mesh(data=1, tensor=2, devices=jax.devices()[:2])
+    requests = make_requests(3, seed=6)
+    one, two = (Engine(model, ENGINE, m, ENDS) for m in (single_device_mesh(), mesh))
+    assert same(one.generate(params, requests), two.generate(params, requests))
 
 
 def test_no_compilation_after_the_warm_up(params):

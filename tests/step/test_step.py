@@ -206,6 +206,27 @@ def test_mesh_shape_does_not_change_the_gradient(reference, shape):
     assert_same(actual, expected)
 
 
+def test_a_vocabulary_that_does_not_split_over_the_mesh():
+    """OLMo-3's 100,278 entries over 4 devices: weights whole, logits split unevenly."""
+    cfg = dataclasses.replace(small.CFG, vocab_size=67)
+    items, spec = small.responses(), packing.PackingSpec(1, 4, 40, 56, 32)
+    run = lambda state, batch, scalars: step._accumulate(
+        state, batch, scalars, cfg, MIXTURE, step.StepConfig(remat="none")
+    )
+    seen = []
+    for mesh in (small.one_device(), parallel.make_mesh(data=4, tensor=2)):
+        places = decoder.param_shardings(cfg, mesh)
+        tree, teacher = (
+            jax.device_put(decoder.init_params(cfg, jax.random.key(seed)), places)
+            for seed in (0, 1)
+        )
+        state = step.TrainState(0, tree, None, teacher, None, 0)
+        batch = step.put_batch(packing.pack(items, spec), mesh)
+        with jax.set_mesh(mesh):
+            seen.append(jax.jit(run)(state, batch, step.StepScalars(knobs=MIXTURE.knobs())))
+    assert_same(seen[1], jax.device_get(seen[0]))
+
+
 @pytest.fixture(scope="module")
 def trainer():
     """A compiled SDPO step, a fresh state maker and its batch."""
