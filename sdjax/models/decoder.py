@@ -28,6 +28,7 @@ Attend = Callable[[Array, Array, Array, Any, int | None], tuple[Array, Any]]
 # How many leading axes of a matrix are its input's; the others are its output's.
 INPUT_AXES = {"w_q": 1, "w_k": 1, "w_v": 1, "w_o": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
 FEW_ROWS = 64  # up to so many, a product of output-first weights has the weights on the left
+OUTPUT_FIRST_ENTRIES = 2**18  # of a feed-forward matrix: smaller ones stay in a CPU's cache
 MAX_PERIOD = 8  # layers unrolled in one step of the scan when their kinds alternate (olmo3: 4)
 
 

@@ -83,7 +83,8 @@ class Engine:
             compute_dtype=engine_cfg.compute_dtype,
             candidates=engine_cfg.candidates,
             by_row=mesh.size == 1,
-            output_first=mesh.devices.flat[0].platform == "cpu",
+            output_first=mesh.devices.flat[0].platform == "cpu"
+            and model_cfg.d_model * model_cfg.d_ff >= decoder.OUTPUT_FIRST_ENTRIES,
         )
         layer = kv.shardings(self.spec, mesh)
         layers, whole = [layer] * model_cfg.n_layers, replicated(mesh)

@@ -68,6 +68,17 @@ def test_tokens_do_not_depend_on_the_mesh(params, engine):
     assert same(engine.generate(params, requests), sharded.generate(params, requests))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_tokens_do_not_depend_on_the_layout_of_the_weights(params, engine, devices, monkeypatch):
+    """Output first, as large models have them on a CPU: every axis of every matrix is turned."""
+    monkeypatch.setattr(decoder, "OUTPUT_FIRST_ENTRIES", 0)
+    mesh = make_mesh(tensor=devices, devices=jax.devices()[:devices])
+    turned = Engine(MODEL, ENGINE, mesh, ENDS)
+    assert turned.static.output_first and not engine.static.output_first
+    requests = make_requests(6, seed=4)
+    assert same(engine.generate(params, requests), turned.generate(params, requests))
+
+
 def test_a_vocabulary_that_does_not_split_over_the_mesh():
     """OLMo-3's 100,278 entries over 4 devices: the weights stay whole, the tokens the same."""
     model = dataclasses.replace(MODEL, vocab_size=163)
