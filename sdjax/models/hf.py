@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -36,7 +37,7 @@ DTYPES = {
     "float16": np.dtype(np.float16),
 }
 SHARD_BYTES = 4 * 2**30  # of one safetensors file, so that a file can be copied and retried
-READERS = 2  # threads: on disk they share the copying, in a bucket they hide the latency
+READERS = max(2, min(8, os.cpu_count() or 1))  # threads; they also hide a bucket's latency
 ROWS = 4096  # of an embedding read at a time
 ALIGNMENT = 64  # bytes
 INDEX = "model.safetensors.index.json"
@@ -99,10 +100,8 @@ class Leaf:
         """The shape of one tensor in the file."""
         inputs, outputs = self.layer_shape[: self.n_inputs], self.layer_shape[self.n_inputs :]
         if self.n_inputs:
-            return (int(np.prod(outputs)), int(np.prod(inputs)))
-        if not self.stacked:
-            return self.shape
-        return (int(np.prod(self.layer_shape)),)
+            return (math.prod(outputs), math.prod(inputs))
+        return (math.prod(self.layer_shape),) if self.stacked else self.shape
 
     def to_stored(self, x: np.ndarray) -> np.ndarray:
         """Our tensor of one layer in the file's layout."""
@@ -225,12 +224,12 @@ def _read_shard(
 
     def read_layer(i: int) -> None:
         name = leaf.names[i]
-        out[i - first] = _read_part(leaf, name, rest, files[name], scratch)
+        _read_part(out[i - first], leaf, name, rest, files[name], scratch)
 
     def read_rows(start: int) -> None:
         name, stop = leaf.names[0], min(start + ROWS, last)
-        part = _read_part(leaf, name, ((start, stop), *rest), files[name], scratch)
-        out[start - first : stop - first] = part
+        part = out[start - first : stop - first]
+        _read_part(part, leaf, name, ((start, stop), *rest), files[name], scratch)
 
     jobs = (
         (read_layer, range(first, last)) if leaf.stacked else (read_rows, range(first, last, ROWS))
@@ -242,27 +241,32 @@ def _read_shard(
 
 def _aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
     """Memory that jax on the CPU takes over as it is instead of copying it."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
     return raw[start : start + nbytes].view(dtype).reshape(shape)
 
 
 def _read_part(
-    leaf: Leaf, name: str, bounds, file: SafetensorsFile, scratch: Scratch
-) -> np.ndarray:
-    """One tensor's part: reads the rows it needs, then cuts the other axes and reorders them."""
+    out: np.ndarray, leaf: Leaf, name: str, bounds, file: SafetensorsFile, scratch: Scratch
+) -> None:
+    """Fills `out` with a part of one tensor: reads rows, cuts the other axes and reorders them."""
     k = leaf.n_inputs
     inputs, outputs = leaf.layer_shape[:k], leaf.layer_shape[k:]
     stored_axes = outputs + inputs
-    stored_bounds = (*bounds[k:], *bounds[:k])
-    per_row = int(np.prod(stored_axes[1:])) // int(np.prod(leaf.stored_shape[1:]))
-    start, stop = stored_bounds[0]
-    rows = file.rows(name, start * per_row, stop * per_row, scratch)
+    (start, stop), *others = (*bounds[k:], *bounds[:k])
+    columns = math.prod(leaf.stored_shape[1:])
+    per_row = math.prod(stored_axes[1:]) // columns  # stored rows per entry of our first axis
+    dtype = file.dtype(name)
+    if not k and dtype == out.dtype and out.shape == (stop - start, *stored_axes[1:]):
+        file.read_rows(name, start * per_row, out.reshape(-1, columns))  # stored as used
+        return
+    rows = scratch.take((stop - start) * per_row, columns, dtype)
+    file.read_rows(name, start * per_row, rows)
     x = rows.reshape(stop - start, *stored_axes[1:])
-    x = x[(slice(None), *(slice(a, b) for a, b in stored_bounds[1:]))]
+    x = x[(slice(None), *(slice(a, b) for a, b in others))]
     n_out = len(outputs)
-    return x.transpose((*range(n_out, x.ndim), *range(n_out)))
+    out[...] = x.transpose((*range(n_out, x.ndim), *range(n_out)))
 
 
 def save(
@@ -303,7 +307,7 @@ def _save_weights(folder, cfg, params, dtype: np.dtype, shard_bytes: int, writer
     groups: list[list[tuple[Leaf, int, str]]] = [[]]
     size = total = 0
     for leaf, i, name in _in_file_order(cfg):
-        nbytes = int(np.prod(leaf.stored_shape)) * dtype.itemsize
+        nbytes = math.prod(leaf.stored_shape) * dtype.itemsize
         if groups[-1] and size + nbytes > shard_bytes:
             groups.append([])
             size = 0

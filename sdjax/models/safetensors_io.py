@@ -6,7 +6,9 @@ bucket; ranges read on demand can. bfloat16 through ml_dtypes.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import struct
 import threading
@@ -25,6 +27,8 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CACHE_LINE, CACHE_WAY = 64, 1024  # bytes
+MOST_BUFFERS = 1024  # of one system call (IOV_MAX)
 
 
 class Scratch(threading.local):
@@ -33,11 +37,17 @@ class Scratch(threading.local):
     def __init__(self):
         self._buffer = np.empty(0, np.uint8)
 
-    def take(self, nbytes: int) -> np.ndarray:
-        """`nbytes` of memory, valid until the same thread takes again."""
-        if self._buffer.nbytes < nbytes:
-            self._buffer = np.empty(nbytes, np.uint8)
-        return self._buffer[:nbytes]
+    def take(self, rows: int, columns: int, dtype: np.dtype) -> np.ndarray:
+        """Memory for [rows, columns], valid until the same thread takes again.
+
+        Rows are not a multiple of `CACHE_WAY` bytes apart: a column's entries would share few sets
+        of the processor's cache, and transposing would take twice as long.
+        """
+        used = columns * dtype.itemsize
+        stride = used if used % CACHE_WAY else used + CACHE_LINE
+        if self._buffer.nbytes < rows * stride:
+            self._buffer = np.empty(rows * stride, np.uint8)
+        return self._buffer[: rows * stride].reshape(rows, stride)[:, :used].view(dtype)
 
 
 class SafetensorsFile:
@@ -59,7 +69,7 @@ class SafetensorsFile:
 
     def _bytes(self, start: int, stop: int) -> bytes:
         out = np.empty(stop - start, np.uint8)
-        self._read(start, out)
+        self._read(start, [out])
         return out.tobytes()
 
     def dtype(self, name: str) -> np.dtype:
@@ -72,39 +82,62 @@ class SafetensorsFile:
             )
         return DTYPES[stored]
 
-    def rows(self, name: str, start: int, stop: int, scratch: Scratch) -> np.ndarray:
-        """Rows start:stop of a tensor's first axis, in the stored dtype, in memory of `scratch`."""
-        shape, dtype = self.shapes[name], self.dtype(name)
-        begin, end = self._header[name]["data_offsets"]
-        row = (end - begin) // shape[0]
-        data = scratch.take((stop - start) * row)
-        self._read(self._start + begin + start * row, data)
-        return data.view(dtype).reshape(stop - start, *shape[1:])
+    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
+        """Fills `out` [rows, columns] with a tensor's rows from `start` on.
+
+        `out` has the dtype that is stored, and its rows are contiguous, but may lie apart.
+        """
+        shape = self.shapes[name]
+        begin = self._start + self._header[name]["data_offsets"][0]
+        row_bytes = math.prod(shape[1:]) * out.dtype.itemsize
+        data = out.reshape(-1) if out.flags.c_contiguous else out
+        buffers = data.view(np.uint8)
+        self._read(begin + start * row_bytes, [buffers] if buffers.ndim == 1 else list(buffers))
 
 
-def _range_reader(path: str) -> Callable[[int, np.ndarray], None]:
-    """A function that fills an array of bytes from a place in a file on."""
+def _range_reader(path: str) -> Callable[[int, list[np.ndarray]], None]:
+    """A function that fills arrays of bytes, one after the other, from a place in a file on."""
     if is_remote(path):
         import fsspec
 
-        fs, file = fsspec.core.url_to_fs(path)
+        fs, url = fsspec.core.url_to_fs(path)
 
-        def read_remote(start: int, out: np.ndarray) -> None:
-            out[:] = np.frombuffer(fs.cat_file(file, start=start, end=start + out.nbytes), np.uint8)
+        def read_remote(start: int, buffers: list[np.ndarray]) -> None:
+            stop = start + sum(len(b) for b in buffers)
+            data = np.frombuffer(fs.cat_file(url, start=start, end=stop), np.uint8)
+            if len(data) < stop - start:
+                raise _cut_short(path, start + len(data))
+            ends = itertools.accumulate(len(b) for b in buffers)
+            for end, buffer in zip(ends, buffers, strict=True):
+                buffer[:] = data[end - len(buffer) : end]
 
         return read_remote
 
-    def read(start: int, out: np.ndarray) -> None:
-        view = memoryview(out)
-        with open(path, "rb", buffering=0) as file:
-            file.seek(start)
-            while view:
-                count = file.readinto(view)
-                if not count:
-                    raise ValueError(f"{path} is cut short at byte {file.tell()}: fetch it again")
-                view = view[count:]
+    file = open(path, "rb", buffering=0)  # closed with the reader
+
+    def read(start: int, buffers: list[np.ndarray]) -> None:
+        while buffers:
+            some = buffers[:MOST_BUFFERS]
+            count = os.preadv(file.fileno(), some, start)
+            if not count:
+                raise _cut_short(path, start)
+            start += count
+            buffers = _unfilled(some, count) + buffers[MOST_BUFFERS:]
 
     return read
+
+
+def _unfilled(buffers: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """What remains to be filled of `buffers` after their first `count` bytes."""
+    if count == sum(map(len, buffers)):
+        return []
+    ends = itertools.accumulate(map(len, buffers))
+    missing = [max(0, end - count) for end in ends]
+    return [b[max(0, len(b) - n) :] for b, n in zip(buffers, missing, strict=True) if n]
+
+
+def _cut_short(path: str, byte: int) -> ValueError:
+    return ValueError(f"{path} is cut short at byte {byte}: fetch it again")
 
 
 def write(

@@ -1,6 +1,7 @@
 """Checkpoints in and out: sharded reads, names of what is wrong, buckets, atomic exports."""
 
 import json
+import os
 import pathlib
 
 import families
@@ -36,14 +37,13 @@ def test_sharded_load_reads_each_shard_once(folder, monkeypatch):
     """The same values as on one device, and no process reads the rows that others own."""
     cfg, whole = hf.load(folder)
     read = []
-    rows = SafetensorsFile.rows
+    read_rows = SafetensorsFile.read_rows
 
-    def counted(self, name, *args):
-        out = rows(self, name, *args)
+    def counted(self, name, start, out):
+        read_rows(self, name, start, out)
         read.append((name, out.nbytes))
-        return out
 
-    monkeypatch.setattr(SafetensorsFile, "rows", counted)
+    monkeypatch.setattr(SafetensorsFile, "read_rows", counted)
     mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
     _, split = hf.load(folder, mesh)
     assert_same(whole, split)
@@ -54,6 +54,22 @@ def test_sharded_load_reads_each_shard_once(folder, monkeypatch):
     read.clear()
     hf.load(folder, make_mesh(data=8))
     assert len([1 for name, _ in read if name == "model.norm.weight"]) == 1
+
+
+def test_rows_that_lie_apart_and_short_reads(tmp_path, monkeypatch):
+    """Rows of a multiple of 1024 bytes are padded when read; a system call may return early."""
+    folder = tmp_path / "model"
+    families.write_checkpoint(folder, CASE | {"hidden_size": 256})
+    stored = load_file(folder / "model.safetensors")
+    _, whole = hf.load(folder)
+    up = stored["model.layers.0.mlp.up_proj.weight"]
+    np.testing.assert_array_equal(whole["layers"]["w_up"][0], up.T)
+
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, b, at: real(fd, b[:3], at))
+    assert_same(whole, hf.load(folder)[1])
+    monkeypatch.setattr(os, "preadv", lambda fd, b, at: real(fd, [b[0][:999]], at))
+    assert_same(whole, hf.load(folder)[1])
 
 
 def test_wrong_tensors_are_listed_by_name(folder):
