@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 
 from sdjax.data import prompts
@@ -109,10 +110,20 @@ def split_messages(value: Any) -> tuple[list[dict[str, str]], str]:
         value = parsed
     if not _is_chat(value):
         raise RowError(f"the prompt is a {type(value).__name__}, neither text nor chat messages")
-    messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
+    messages = [{"role": str(m["role"]), "content": _content(m["content"])} for m in value]
     if messages[-1]["role"] != "user":
         raise RowError(f"the prompt ends with role {messages[-1]['role']!r} instead of 'user'")
     return messages[:-1], messages[-1]["content"]
+
+
+def _content(value: Any) -> str:
+    """A message's text; some data sets store it in parts, [{"type": "text", "text": ...}]."""
+    if not isinstance(value, list | tuple):
+        return str(value)
+    parts = [part.get("text") if isinstance(part, Mapping) else part for part in value]
+    if not all(isinstance(part, str) for part in parts):
+        raise RowError("a message holds something else than text")
+    return "".join(parts)
 
 
 def _is_chat(value: Any) -> bool:
@@ -180,14 +191,14 @@ def as_text(value: Any) -> str:
         return value
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         return str(int(value))
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float | Decimal):
         return str(value)
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _required(row: Mapping[str, Any], columns: Columns, field: str) -> Any:
     value = pick(row, columns, field)
-    if value is None:
+    if value is None or value != value:  # NaN is how tables say that a number is missing
         tried = getattr(columns, field) or ", ".join(GUESSES[field])
         raise RowError(
             f"no {field} (looked for {tried}; the row has {', '.join(sorted(row))}): name the "

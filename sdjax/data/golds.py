@@ -10,12 +10,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 
 from sdjax.records import Problem
 from sdjax.rewards import VerifierPool
 from sdjax.rewards.code import read_tests
 
+SHOWN = 5  # failing golds named in a warning
+log = logging.getLogger(__name__)
 MATH_REWARDS = ("math", "sdpo_released", "answer_line")
 
 
@@ -50,9 +53,15 @@ def as_response(gold: str, reward: str) -> str | None:
 
 
 def check_golds(problems: Sequence[Problem], pool: VerifierPool, reward: str) -> list[GoldCheck]:
-    """One GoldCheck per problem, in order; `pool` is one of `reward`."""
+    """One GoldCheck per problem, in order; `pool` is one of `reward`.
+
+    How a user's own reward wants an answer written is not known here, and the format rewards read
+    no gold: these golds pass as "unchecked".
+    """
     if reward == "code":
         return [_tests_present(problem) for problem in problems]
+    if reward not in (*MATH_REWARDS, "choice", "tool"):
+        return [GoldCheck(problem, True, "unchecked") for problem in problems]
     golds = [problem.answer for problem in problems]
     itself = pool.score([as_response(gold, reward) for gold in golds], golds)
     read = _read_all(golds) if reward in MATH_REWARDS else itself
@@ -60,6 +69,26 @@ def check_golds(problems: Sequence[Problem], pool: VerifierPool, reward: str) ->
         GoldCheck(p, a.correct and b.correct, b.reason if a.correct else a.reason)
         for p, a, b in zip(problems, itself, read, strict=True)
     ]
+
+
+def warn_about_golds(
+    sets: Mapping[str, Sequence[Problem]], pool: VerifierPool, reward: str
+) -> None:
+    """Log the golds of evaluation sets that fail; they stay, or scores would not compare."""
+    for name, problems in sets.items():
+        bad = [check for check in check_golds(problems, pool, reward) if not check.passed]
+        if bad:
+            shown = ", ".join(
+                f"row {c.problem.meta.get('row')} ({c.problem.answer[:40]!r}: {c.kind})"
+                for c in bad[:SHOWN]
+            )
+            log.warning(
+                "%d of %d golds of evaluation set %s fail their verifier: %s",
+                len(bad),
+                len(problems),
+                name,
+                shown,
+            )
 
 
 def kinds(checks: Sequence[GoldCheck]) -> dict[str, int]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import logging
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sdjax.data import benchmarks, sources
 from sdjax.data.benchmarks import SOURCES, Source
 from sdjax.data.columns import BadRow, Columns, RowError, read_row
-from sdjax.data.golds import check_golds
+from sdjax.data.golds import check_golds, warn_about_golds
 from sdjax.data.overlap import normal_text, screened
 from sdjax.data.prompts import STYLES, problem_messages
 from sdjax.data.sampler import ProblemSampler
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 GENERIC = ("jsonl", "parquet", "hub")  # any file, any hub data set, by column mapping
-SYNTHETIC_SPLITS = ("test", "ood_steps", "ood_large", "ood_family")
+SYNTHETIC_SPLITS = ("test", "ood_steps", "ood_large", "ood_family", "easy_test")
 SHOWN = 10  # bad rows logged one by one
 log = logging.getLogger(__name__)
 
@@ -123,6 +124,7 @@ def training_problems(
             )
     problems = load_problems(c.data, tokenizer, pool, c.reward.name)
     held_out = {name: found for name, found in eval_sets.items() if name != "train"}
+    warn_about_golds(held_out, pool, c.reward.name)
     return screened(problems, held_out, c.data.overlap_ngram, c.data.on_overlap == "drop")
 
 
@@ -289,11 +291,11 @@ def _read(
     return count, duplicates, problems, bad
 
 
-def _raw_prompt(row: dict, columns: Columns) -> Hashable:
-    """The prompt column as it stands, hashable: spares a literal copy of a row all further work."""
+def _raw_prompt(row: dict, columns: Columns) -> str | None:
+    """The prompt column as it stands, as text: spares a literal copy of a row all further work."""
     value = row.get(columns.prompt or "prompt")
     if isinstance(value, list):
-        return tuple(m.get("content") if isinstance(m, dict) else str(m) for m in value)
+        return json.dumps(value, default=str)
     return value if isinstance(value, str) else None
 
 

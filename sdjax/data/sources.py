@@ -125,7 +125,7 @@ def _read_file(path: str) -> Iterator[Row]:
         raise ValueError(
             f"config.data.path={path} has an unknown ending: supported are {', '.join(SUFFIXES)}"
         )
-    with fsspec.open(path, "rt", encoding="utf-8") as file:
+    with fsspec.open(path, "rt", encoding="utf-8-sig") as file:  # a byte order mark is no JSON
         text = file.read()
     if text.lstrip()[:1] == "[":
         rows = _parse(text, path, 1)

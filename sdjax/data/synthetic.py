@@ -12,6 +12,9 @@ solving them: that is `sdjax.data.reasoner`.
     ood_large    the same families with numbers below 200, both of two digits and more
     ood_family   other families: days of the week, number sequences, unknown numbers
     pretrain     a mixture of all the distributions above, from the train side only
+    easy         one sum or difference of numbers up to 20, in plain English, for pretrained models
+                 that know little arithmetic (configs/smollm2.py)
+    easy_test    the same distribution, other problems
 """
 
 from __future__ import annotations
@@ -216,6 +219,19 @@ def unknown(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
     return question, [("+", a + b - c, c), ("-", "#0", b)]
 
 
+def single(rng: random.Random, size: Size) -> tuple[str, list[Step]]:
+    """One sum or difference of two numbers, as a plain question or a story of one sentence."""
+    op, b = rng.choice("+-"), rng.randint(2, size.operand)
+    a = rng.randint(b + 1, size.top - b if op == "+" else size.top)
+    name, item = rng.choice(NAMES), rng.choice(ITEMS)
+    plain = rng.random() < 0.5
+    if op == "+":
+        story = f"{name} has {a} {item} and gets {b} more. How many {item} are there now?"
+        return f"What is {a} plus {b}?" if plain else story, [(op, a, b)]
+    story = f"{name} has {a} {item} and gives {b} away. How many {item} are left?"
+    return f"What is {a} minus {b}?" if plain else story, [(op, a, b)]
+
+
 Family = Callable[[random.Random, Size], tuple[str, list[Step]]]
 FAMILIES: dict[str, Family] = {
     "chain": chain,
@@ -226,6 +242,7 @@ FAMILIES: dict[str, Family] = {
     "weekday": weekday,
     "sequence": sequence,
     "unknown": unknown,
+    "single": single,
 }
 
 
@@ -244,13 +261,17 @@ class Distribution:
 
 
 TRAIN = Distribution(("chain", "sum", "remainder", "comparison", "story"), LEVELS)
+EASY = Distribution(("single",), (1,), top=20)
 DISTRIBUTIONS: dict[str, Distribution] = {
     "train": TRAIN,
     "test": TRAIN,
     "ood_steps": Distribution(("chain", "sum", "remainder"), (4, 5, 6)),
     "ood_large": Distribution(("chain", "sum", "comparison", "story"), LEVELS, 199, 60, 25),
     "ood_family": Distribution(("weekday", "sequence", "unknown"), LEVELS),
+    "easy": EASY,
+    "easy_test": EASY,
 }
+TRAIN_SIDE = ("train", "pretrain", "easy")  # the other splits are for evaluation
 PRETRAIN_MIX = {"train": 0.8, "ood_steps": 0.06, "ood_large": 0.08, "ood_family": 0.06}
 SPLITS = (*DISTRIBUTIONS, "pretrain")
 
@@ -291,7 +312,7 @@ def draw(split: str, index: int, seed: int = 0, level: int | None = None) -> Pro
     size = Size(level, dist.top, dist.operand, dist.factor)
     while True:
         question, steps = FAMILIES[family](rng, size)
-        if is_test_side(question) == (split not in ("train", "pretrain")):
+        if is_test_side(question) == (split not in TRAIN_SIDE):
             break
     return Problem(
         id=f"synthetic/{split}/{seed}/{index}",

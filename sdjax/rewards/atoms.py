@@ -18,7 +18,8 @@ from sdjax.rewards.nodes import (
 from sdjax.rewards.terms import UNKNOWN_FUNCTIONS, refuse, ungroup
 from sdjax.rewards.tokens import Token
 
-FRACTIONS = ("frac", "dfrac", "tfrac", "cfrac")
+FRACTIONS = ("frac", "dfrac", "tfrac", "cfrac", "nicefrac", "sfrac")
+MATRICES = ("pmatrix", "bmatrix", "Bmatrix", "matrix", "array", "smallmatrix")
 BINOMIALS = ("binom", "dbinom", "tbinom")
 ACCENTS = {"bar": "bar", "overline": "bar", "vec": "", "hat": "hat", "widehat": "hat"}
 ACCENTS |= {"tilde": "tilde", "overrightarrow": "", "overleftrightarrow": "line"}
@@ -62,6 +63,8 @@ class Atoms(Functions):
     def proper_fraction(self) -> Fraction | None:
         r"""Value of a literal \frac{a}{b} with 0 < a < b here, or of ` a/b`; else None."""
         start = self.position
+        if self.unit_fraction_ahead():
+            return None
         if self.is_cmd(*FRACTIONS):
             self.next()
             top, bottom = self.argument(), self.argument()
@@ -186,7 +189,7 @@ class Atoms(Functions):
 
     def matrix(self, name: str) -> Node:
         """Rows of an environment; bars make a determinant."""
-        if name not in ("pmatrix", "bmatrix", "matrix", "array", "smallmatrix", "vmatrix"):
+        if name not in (*MATRICES, "vmatrix"):
             raise UnknownNotation(f"environment {name!r}")
         rows: list[tuple[Node, ...]] = []
         row: list[Node] = []

@@ -50,6 +50,14 @@ class Cursor:
         token = self.peek()
         return token.kind == "cmd" and token.text in texts
 
+    def unit_fraction_ahead(self) -> bool:
+        r"""Whether a \frac of words comes, a unit: \frac{\text{km}}{\text{h}}."""
+        if not (self.peek().kind == "cmd" and self.peek().text.endswith("frac")):
+            return False
+        return self.token_at(self.position + 1).text == "{" and (
+            self.token_at(self.position + 2).kind == "word"
+        )
+
     def expect(self, text: str) -> None:
         """Consumes that operator; raises Unreadable when something else comes."""
         if not self.is_op(text):

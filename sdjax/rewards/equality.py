@@ -9,13 +9,25 @@ from __future__ import annotations
 
 from sdjax.rewards import vocabulary as v
 from sdjax.rewards.matrices import is_matrix, matrix_rows
+from sdjax.rewards.names import (
+    assigned_names,
+    bounded_names,
+    is_capital,
+    is_distance,
+    is_graph,
+    is_name,
+    is_symbol,
+    may_name,
+    same_name,
+    unpacked,
+    vanishing_equation,
+)
 from sdjax.rewards.nodes import (
     INFINITY,
     Node,
     TooBig,
     Undefined,
     Unreadable,
-    contains,
     num,
     symbols,
 )
@@ -31,13 +43,27 @@ INEQUALITIES = frozenset({"<", ">", "<=", ">=", "!="})
 def same_answer(gold: Node, answer: Node) -> bool | None:
     """Whether two answers are equal as mathematics."""
     gold, answer = spread(gold), spread(answer)
+    if gold.op == "union" and answer.op == "orlist":
+        answer = _united(answer)
     if gold.op == "orlist" and not _inequalities(gold):
         gold = Node("list", gold.args)
     if answer.op == "orlist" and not _inequalities(answer):
-        if gold.op not in ("list", "set"):
-            return False  # a hedge
+        if gold.op not in ("list", "set") or len(assigned_names(gold)) > 1:
+            return False  # a hedge; a = 2, b = 3 needs both
         answer = Node("list", answer.args)
+    if answer.op == "rel" and assigned_names(gold):
+        answer = unpacked(answer)
     return _same(gold, answer)
+
+
+def _united(node: Node) -> Node:
+    """`(0, 1) or (2, 3)` as the union of its intervals."""
+    if any(strip_groups(item).op not in ("seq", "union", "set") for item in node.args):
+        return node
+    first, *rest = node.args
+    for item in rest:
+        first = Node("union", (first, item))
+    return first
 
 
 def _inequalities(node: Node) -> bool:
@@ -84,14 +110,22 @@ def _quantity(node: Node) -> tuple[Node, str]:
     while node.op in ("quantity", "deg"):
         if node.op == "quantity":
             unit = node.args[1]
+        else:
+            unit = unit or "degrees"
         node = strip_groups(node.args[0])
     return strip(node), unit
 
 
 def _units_clash(left: str, right: str) -> bool:
     """Two different known units: `5 cents` is not `5 dollars`."""
-    a, b = (v.UNITS.get(unit.replace(" ", "").lower()) for unit in (left, right))
+    a, b = (v.UNITS.get(_base_unit(unit)) for unit in (left, right))
     return a is not None and b is not None and a != b
+
+
+def _base_unit(unit: str) -> str:
+    """`square centimetres`, `cm^2` and `cm` by the unit that is squared."""
+    words = [word for word in unit.lower().split() if word not in ("sq", "square", "cubic", "cu")]
+    return "".join(words).partition("^")[0]
 
 
 def _same_tagged(gold: Node, answer: Node) -> bool | None:
@@ -147,8 +181,8 @@ def _same_relations(gold: Node, answer: Node) -> bool | None:
 
 
 def _same_members(gold: Node, answer: Node) -> bool | None:
-    """`x \\in A` against `x \\in B`."""
-    if gold.args[0] != ("in",) or answer.args[0] != ("in",):
+    """`x \\in A` against `x \\in B`, or `x = a` against `x \\in \\{a\\}`."""
+    if len(gold.args[0]) != 1 or len(answer.args[0]) != 1:
         return False
     names = [strip_groups(node.args[1][0]) for node in (gold, answer)]
     return names[0] == names[1] and _same(gold.args[1][1], answer.args[1][1])
@@ -161,7 +195,9 @@ def _same_equations(gold: Node, answer: Node) -> bool | None:
     (a, b), (c, d) = gold_sides, answer_sides
     if any(_structured(side) for side in (a, b, c, d)):
         return _same_side(a, c) and _same(b, d)
-    if _is_name(a) and a == c and not symbols(b) and not symbols(d):
+    if is_graph(a, c) or is_graph(c, a):
+        return _same(b, d)
+    if is_name(a) and same_name(a, c) and not symbols(b) and not symbols(d):
         return _same(b, d)
     return same_equation(a, b, c, d)
 
@@ -180,6 +216,8 @@ def same_equation(a: Node, b: Node, c: Node, d: Node) -> bool | None:
 def _sides(node: Node) -> tuple[Node, Node] | None:
     """(left, right) of a chain of equations whose later members agree; None if they do not."""
     members = [strip_groups(member) for member in node.args[1]]
+    while len(members) > 2 and all(is_symbol(member) for member in members[:2]):
+        members = members[1:]  # x = y = 5 says both
     values = members[1:]
     if any(_same(values[0], other) is not True for other in values[1:]):
         return None
@@ -197,46 +235,13 @@ def _structured(node: Node) -> bool:
     return _quantity(node)[0].op in kinds or is_matrix(node)
 
 
-def _is_name(node: Node) -> bool:
-    """x, f(x), \\angle ABC, (a, b), words: something that an equation gives a value to."""
-    node = strip_groups(node)
-    if node.op in ("app", "name"):
-        return True
-    if node.op == "sym":
-        return node.args[0] not in ("pi", "e", "i")
-    if node.op == "seq":
-        return all(_is_name(item) for item in node.args[2])
-    return _is_figure(node) or _is_applied(node)
-
-
-def _is_applied(node: Node) -> bool:
-    """p(x): a symbol before a bracketed symbol or number, read as a product."""
-    if node.op != "mul":
-        return False
-    head, inner = node.args
-    return head.op == "sym" and inner.op == "group" and strip(inner).op in ("sym", "num")
-
-
-def _is_figure(node: Node) -> bool:
-    """AB, |AB|, AB/CD, AB : CD: measures that geometry writes with capitals."""
-    node = strip_groups(node)
-    if node.op == "sym":
-        return node.args[0][:1].isupper() or not node.args[0][:1].isascii()
-    if node.op in ("mul", "div", "ratio", "abs"):
-        return all(_is_figure(arg) for arg in node.args)
-    return False
-
-
-def _may_name(node: Node) -> bool:
-    """What may stand for a plain value in an answer: a name, m + n, |z|, P(x), dy/dx."""
-    return bool(_is_name(node) or symbols(node) or contains(node, "app", "name"))
-
-
 def _relation_as_value(answer: Node, gold: Node) -> bool | None:
     """`name = value` (or a chain that ends so) against a gold that is no relation."""
     ops, members = answer.args
     if ops == ("in",):
-        return _same(gold, members[1]) if _is_name(members[0]) else False
+        if not is_name(members[0]) or strip(members[1]).op not in (*SET_KINDS, "set", "seq"):
+            return False
+        return _same(gold, members[1])
     if set(ops) <= INEQUALITIES:
         return _sets_equal(gold, answer)
     if set(ops) != {"="}:
@@ -245,21 +250,13 @@ def _relation_as_value(answer: Node, gold: Node) -> bool | None:
     if sides is None:
         return False
     name, value = sides
-    if _is_name(value) and not _may_name(name):
+    if is_name(value) and not may_name(name):
         name, value = value, name
-    if _is_name(name) or _same(name, value):
+    if is_name(name) or _same(name, value):
         return _same(gold, value)
-    if symbols(gold) or not _may_name(name) or _structured(name):
+    if symbols(gold) or not may_name(name) or _structured(name) or is_distance(name):
         return False
-    return False if _vanishing_equation(name, value) else _same(gold, value)
-
-
-def _vanishing_equation(name: Node, value: Node) -> bool:
-    """`x^2 - 25 = 0` names nothing: a left side with a constant term is an equation."""
-    zero = Node("num", (value.args[0] * 0,)) if value.op == "num" else None
-    if zero != value:
-        return False
-    return strip_groups(name).op == "add"
+    return False if vanishing_equation(name, value) else _same(gold, value)
 
 
 def _gold_relation_as_value(gold: Node, answer: Node) -> bool | None:
@@ -272,9 +269,13 @@ def _gold_relation_as_value(gold: Node, answer: Node) -> bool | None:
     if set(ops) != {"="}:
         return False
     sides = _sides(gold)
-    if sides is None or not (_is_name(sides[0]) or _is_name(sides[1])):
+    if sides is None:
         return False
-    return _same(sides[1] if _is_name(sides[0]) else sides[0], answer)
+    if not symbols(gold) and not _structured(sides[0]) and _same(*sides):
+        return _same(sides[1], answer)  # 2^{10} = 1024
+    if not (is_name(sides[0]) or is_name(sides[1])):
+        return False
+    return _same(sides[1] if is_name(sides[0]) else sides[0], answer)
 
 
 def _same_inequalities(gold: Node, answer: Node) -> bool | None:
@@ -324,7 +325,8 @@ def _sets_equal(gold: Node, answer: Node) -> bool | None:
     a, b = try_set(gold), try_set(answer)
     if a is None or b is None:
         return False if a is not None or b is not None else None
-    return same_set(a, b)
+    names = [bounded_names(node) for node in (gold, answer)]
+    return (names[0] == names[1] or not all(names)) and same_set(a, b)
 
 
 # -- collections, tuples, matrices
@@ -405,6 +407,8 @@ def _same_sequence(gold: Node, answer: Node) -> bool | None:
         return _same_matrix(gold, answer)
     if gold.op == "seq" and answer.op == "app" and answer.args[0].isupper():
         return _same(gold, Node("seq", ("(", ")", answer.args[1:])))  # a point and its name
+    if gold.op == "seq" and answer.op == "mul" and is_capital(answer.args[0]):
+        return _same(gold, answer.args[1]) if answer.args[1].op == "seq" else False
     return False
 
 

@@ -45,6 +45,7 @@ class Scope:
         self.radians = False
         self.largest = 0
         self.smallest = 0
+        self.left_reals = False  # some intermediate value was not real
 
     def real(self, value: Value):
         """The value as a number of mpmath."""
@@ -65,6 +66,8 @@ class Scope:
                 raise Undefined("not finite")
             if value == 0:
                 return value
+            if not self.left_reals and isinstance(value, self.ctx.mpc):
+                self.left_reals = not is_real(value, self)
             magnitude = int(self.ctx.mag(value))
             if abs(magnitude) > MAX_MAGNITUDE:
                 raise TooBig("magnitude")
@@ -198,6 +201,8 @@ def _integer_power(base: Value, exponent: int, scope: Scope) -> Value:
 def _real_power(base: Value, exponent: Value, scope: Scope) -> Value:
     base, exponent = scope.real(base), scope.real(exponent)
     if base == 0:
+        if is_real(exponent, scope) and exponent.real > 0:
+            return Fraction(0)
         raise Undefined("power of zero")
     if abs(exponent) * (abs(int(scope.ctx.mag(base))) + 2) > MAX_MAGNITUDE:
         raise TooBig("power")

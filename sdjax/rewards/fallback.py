@@ -113,6 +113,23 @@ def _compare(answer: str, gold: str) -> tuple[bool, str]:
     return (True, "fallback_equal") if _agree(parsed[0][0], parsed[1][0]) else (False, "vetoed")
 
 
+def _agree_in_parts(gold, answer) -> bool:
+    """Relations side by side; of sets every member must find its own."""
+    import sympy
+
+    if type(gold) is not type(answer) or len(gold.args) != len(answer.args) or not gold.args:
+        return False
+    if not isinstance(gold, sympy.FiniteSet):
+        return all(_agree(a, b) for a, b in zip(gold.args, answer.args, strict=True))
+    left = list(answer.args)
+    for member in gold.args:
+        found = next((other for other in left if _agree(member, other)), None)
+        if found is None:
+            return False
+        left.remove(found)
+    return True
+
+
 def _agree(gold, answer) -> bool:
     """Same kind, same symbols, and the same values to 30 digits at random points."""
     import sympy
@@ -122,7 +139,7 @@ def _agree(gold, answer) -> bool:
     if isinstance(gold, sympy.Expr) != isinstance(answer, sympy.Expr):
         return False
     if not isinstance(gold, sympy.Expr):
-        return type(gold) is type(answer) and gold.free_symbols == answer.free_symbols
+        return gold == answer or _agree_in_parts(gold, answer)
     if gold.free_symbols != answer.free_symbols:
         return False
     heavy = (sympy.Sum, sympy.Product, sympy.Integral, sympy.Limit)

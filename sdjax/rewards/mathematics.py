@@ -17,6 +17,8 @@ from sdjax.rewards.quick import quick_equal, squeeze
 from sdjax.rewards.registry import Reward
 
 _BASED = re.compile(r"\(?([0-9A-Z]+)\)?_\(?([0-9]+|[a-z]+)\)?")
+_DOLLAR_SIGN = re.compile(r"\\(?:\$|(?:math|text)dollar)")
+_NO_PRICE = ("quantity", "rel", "list", "orlist", "set", "seq")
 
 
 def unboxed_gold(gold: str) -> str:
@@ -85,12 +87,19 @@ def decide(answer: str, gold: str) -> tuple[bool | None, str]:
     if answer_node.op == "words":
         return False, "different"
     try:
-        same = equality.same_answer(gold_node, answer_node)
+        same = equality.same_answer(_in_dollars(gold, gold_node), _in_dollars(answer, answer_node))
     except Unreadable:
         return False, "unreadable"
     except (ValueError, RecursionError):
         return False, "too_big"
     return same, {True: "equal", False: "different", None: "undecided"}[same]
+
+
+def _in_dollars(text: str, node: Node) -> Node:
+    r"""A single value behind a dollar sign has a unit: `\$5` is not `5 \text{ cents}`."""
+    if not _DOLLAR_SIGN.search(text) or node.op in _NO_PRICE:
+        return node
+    return Node("quantity", (node, "dollars"))
 
 
 def _read(text: str) -> tuple[Node | None, bool]:

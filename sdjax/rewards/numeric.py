@@ -17,8 +17,15 @@ from sdjax.rewards.nodes import Node, TooBig, Undefined, mentions, symbols
 DIGITS = 50
 MAX_DIGITS = 1500
 GUARD = 12  # digits lost to rounding in the evaluation itself
-POINTS = 5
-ATTEMPTS = 14
+SPARE = 12  # orders of magnitude that 50 digits bear without a second look
+POINTS = 7
+# Signs of the variables and their size, one attempt after the other. Signs: all positive, all
+# negative, by a bit of the variable's number (so that any two differ somewhere), at random. |y| is
+# y wherever y is positive, |x - 100| is 100 - x up to there, a root has positive points only.
+SMALL, WIDE = 7, 300
+ATTEMPTS = (("+", 3), ("-", 3), ("0", 7), ("~0", 2), ("+", WIDE), ("-", WIDE), ("1", 40), ("+", 3))
+ATTEMPTS += (("2", 7), ("+", 7), ("random", 2), ("+", 40), ("random", 3), ("+", 1), ("random", 7))
+ATTEMPTS += (("+", 2), ("+", 20))
 
 
 def same_value(left: Node, right: Node) -> bool | None:
@@ -87,10 +94,16 @@ def _same_constant(left: Node, right: Node) -> bool:
             return a == b
         if not _close(a, b, scope):
             return False
-        digits = 100 * (1 + (DIGITS + 30 + 2 * scope.span) // 100)
-        if digits > MAX_DIGITS:
-            raise TooBig("precision")
+        digits = _digits_beyond(scope)
     return True
+
+
+def _digits_beyond(scope: Scope) -> int:
+    """Precision at which no cancellation of the magnitudes seen hides a difference."""
+    digits = 100 * (1 + (DIGITS + 30 + 2 * scope.span) // 100)
+    if digits > MAX_DIGITS:
+        raise TooBig("precision")
+    return digits
 
 
 def _close(a: Value, b: Value, scope: Scope) -> bool:
@@ -103,27 +116,44 @@ def _close(a: Value, b: Value, scope: Scope) -> bool:
 
 
 def _points(variables: list[str]):
-    """Seeded rational points: positive ones first, then of either sign, then wider ones."""
+    """Seeded rational points, with the signs and sizes of ATTEMPTS."""
     rng = random.Random("\x1f".join(variables))
-    for attempt in range(ATTEMPTS):
-        scale = (3, 3, 7, 2, 40)[attempt % 5]
+    for signs, scale in ATTEMPTS:
         point = {}
-        for name in variables:
-            value = Fraction(rng.randint(1000, 999_983), 999_983) * scale
-            negative = attempt % 2 == 1 and rng.random() < 0.6
-            point[name] = -value if negative else value
+        least = 500_000 if scale == WIDE else 1000
+        for number, name in enumerate(variables):
+            value = Fraction(rng.randint(least, 999_983), 999_983) * scale
+            point[name] = -value if _negative(signs, number, rng) else value
         yield point
 
 
+def _negative(signs: str, number: int, rng: random.Random) -> bool:
+    if signs == "random":
+        return rng.random() < 0.6
+    if signs in "+-":
+        return signs == "-"
+    return (number >> int(signs[-1]) & 1) != signs.startswith("~")
+
+
 def _at(left: Node, right: Node, point: dict, allow_complex: bool):
-    """(a, b, scope) at a point, or None where either has no (real) value there."""
+    """(a, b, scope) at a point, or None where either has no (real) value there.
+
+    Values that may have lost digits (10^60 + x - 10^60) are taken again, precisely enough.
+    """
     scope = Scope(DIGITS, point)
     try:
         a, b = evaluate(left, scope), evaluate(right, scope)
+        if scope.span > SPARE and not (isinstance(a, Fraction) and isinstance(b, Fraction)):
+            scope = Scope(_digits_beyond(scope), point)
+            a, b = evaluate(left, scope), evaluate(right, scope)
     except Undefined:
         return None
-    if not allow_complex and not (is_real(a, scope) and is_real(b, scope)):
-        return None
+    except TooBig:
+        if any(abs(value) > SMALL for value in point.values()):
+            return None  # e^(e^x) is a giant there
+        raise
+    if not allow_complex and scope.left_reals:
+        return None  # sqrt(a) sqrt(b) at negative a and b is a real number, but not by real ones
     return a, b, scope
 
 

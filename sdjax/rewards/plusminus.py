@@ -15,6 +15,9 @@ def spread(node: Node) -> Node:
     """Write every plus-minus out: `1 \\pm x` becomes the list of its two values."""
     while node.op == "group":
         node = node.args[0]
+    if node.op == "rel" and node.args[0] in (("in",), ("=",)) and node.args[1][1].op == "set":
+        element, members = node.args[1]
+        return Node("rel", (node.args[0], (element, spread(members))))
     if node.op in COLLECTIONS:
         items = [variant for item in node.args for variant in _variants(item)]
         if len(items) > MAX_ITEMS:

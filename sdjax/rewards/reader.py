@@ -27,13 +27,21 @@ TRAILING = (".", ",", ";", "\\\\")  # punctuation of the sentence around an answ
 def read(text: str) -> Node:
     """The tree of an answer; raises Unreadable, TooBig (both ValueErrors)."""
     tokens = tokenize(prepare(text))
-    if tokens and tokens[-1].kind == "op" and tokens[-1].text in TRAILING:
+    if not tokens:
+        raise Unreadable("nothing but spaces and styles")
+    if tokens[-1].kind == "op" and tokens[-1].text in TRAILING:
         tokens.pop()  # one mark only: `25...` goes on
     reader = Reader(tokens)
     answer = reader.answer()
     if not reader.at_end():
         raise Unreadable(f"left over: {reader.peek().text!r}")
     return answer
+
+
+def hedging(word: str) -> bool:
+    """Whether a word behind a value takes the value back, or changes it."""
+    known = word in v.HEDGES or word in v.NUMBER_WORDS or word in v.MULTIPLIERS
+    return known or word.endswith("n't")
 
 
 class Reader(Atoms):
@@ -145,13 +153,20 @@ class Reader(Atoms):
         """Attach trailing words as a unit; hedging words make the answer unreadable."""
         words: list[str] = []
         factor = 1
-        while self.peek().kind == "word" and not self.is_word("and", "or"):
+        while not self.is_word("and", "or"):
+            if self.unit_fraction_ahead():
+                words.append(self.unit_fraction())
+                continue
+            if self.peek().kind != "word":
+                break
             word = self.next().text
+            if word.lower() in ("squared", "cubed") and words and words[-1].lower() in v.UNITS:
+                continue
             if word.lower() in v.MULTIPLIERS and not words:
                 factor *= v.MULTIPLIERS[word.lower()]
                 words.append("")
                 continue
-            if word.lower() in v.HEDGES or word.lower() in v.NUMBER_WORDS:
+            if hedging(word.lower()):
                 raise Unreadable(f"hedge {word!r}")
             words.append(word)
             self.unit_power(words)
@@ -169,6 +184,20 @@ class Reader(Atoms):
             words[-1] += f"^{power}"
         while self.is_op("/", "*") and self.token_at(self.position + 1).kind == "word":
             words.append(self.next().text)
+
+    def unit_fraction(self) -> str:
+        r"""\frac{\text{miles}}{\text{hour}} as `miles/hour`."""
+        self.next()
+        sides = []
+        for _ in range(2):
+            self.expect("{")
+            words: list[str] = []
+            while self.peek().kind == "word" and self.peek().text.lower() not in v.HEDGES:
+                words.append(self.next().text)
+                self.unit_power(words)
+            self.expect("}")
+            sides.append(" ".join(words))
+        return "/".join(sides)
 
     def small_power(self) -> str | None:
         """Exponent of a unit: one number, perhaps braced and signed."""

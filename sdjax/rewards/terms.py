@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdjax.rewards import vocabulary as v
 from sdjax.rewards.cursor import Cursor
-from sdjax.rewards.nodes import Node, Unreadable, num, sym
+from sdjax.rewards.nodes import Node, Unreadable, contains, num, sym
 
 UNKNOWN_FUNCTIONS = frozenset("f g h F G H P Q T".split())
 
@@ -19,6 +19,10 @@ class Terms(Cursor):
         while self.is_op("+", "-", "pm", "mp"):
             terms.append(self.signed_product())
         self.leave()
+        if len(terms) == 1 and terms[0].op != "neg":
+            return terms[0]
+        if any(is_remainder(term) for term in terms):
+            raise Unreadable("a remainder of the last term or of the whole")
         return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
 
     def signed_product(self) -> Node:
@@ -67,7 +71,11 @@ class Terms(Cursor):
         if token.kind in ("sym", "func", "set"):
             return True
         if token.kind == "cmd":
-            return not token.text.startswith("end") and token.text not in ("over", "choose")
+            return (
+                not self.unit_fraction_ahead()
+                and not token.text.startswith("end")
+                and token.text not in ("over", "choose")
+            )
         openings = ("(", "{", "\\{", "[", "lv", "lfloor", "lceil", "langle")
         if token.kind == "op" and token.text == "|":
             return self.bars_open == 0
@@ -81,8 +89,8 @@ class Terms(Cursor):
         while True:
             if self.is_op("^"):
                 node = self.powered(node)
-                if node.op == "deg" and self.peek().text in ("C", "F"):
-                    self.next()  # Celsius, Fahrenheit
+                if node.op == "deg":
+                    self.skip_temperature()
             elif self.is_op("!"):
                 self.next()
                 if self.is_op("!"):
@@ -117,10 +125,12 @@ class Terms(Cursor):
             if inner.text == "'":
                 return sym(base.args[0] + "'") if base.op == "sym" else refuse("prime")
             return Node("deg", (base,))
-        if braced and inner.text == "T" and self.token_at(self.position + 2).text == "}":
-            if base.op in ("matrix", "group"):
+        if contains(base, "matrix") and self.transposed(braced):
+            return Node("transpose", (base,))
+        if braced and base.op == "num" and inner.text in v.ORDINALS and inner.kind == "word":
+            if self.token_at(self.position + 2).text == "}":
                 self.position += 3
-                return Node("transpose", (base,))
+                return base  # 5^{\text{th}}
         exponent = self.script()
         if base.op == "pow" and not braced:
             raise Unreadable("double superscript")
@@ -128,6 +138,22 @@ class Terms(Cursor):
             if self.is_op("("):
                 return self.application(base.args[0] + "^-1")
         return Node("pow", (base, exponent))
+
+    def skip_temperature(self) -> None:
+        """Celsius and Fahrenheit behind the degree sign, bare or in braces."""
+        braced = self.is_op("{") and self.token_at(self.position + 2).text == "}"
+        if self.token_at(self.position + braced).text in ("C", "F"):
+            self.position += 1 + 2 * braced
+
+    def transposed(self, braced: bool) -> bool:
+        """Whether the exponent is a T, alone or in braces, and then consumes it."""
+        at = self.position + braced
+        if self.token_at(at).text not in ("T", "top"):
+            return False
+        if braced and self.token_at(at + 1).text != "}":
+            return False
+        self.position = at + 1 + braced
+        return True
 
     def script(self) -> Node:
         """Argument of ^ or _: a group, or one factor with its sign and own powers."""
@@ -185,6 +211,11 @@ def ungroup(node: Node) -> Node:
     while node.op == "group":
         node = node.args[0]
     return node
+
+
+def is_remainder(node: Node) -> bool:
+    r"""Whether the node is `a \bmod b`, perhaps behind a sign."""
+    return (node.args[0] if node.op == "neg" else node).op == "mod"
 
 
 def is_minus_one(node: Node) -> bool:

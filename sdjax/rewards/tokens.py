@@ -41,6 +41,7 @@ _REPEATING = re.compile(
 _DECIMAL = re.compile(r"\d+(?:\.\d+)?|\.\d+", re.ASCII)
 _SCIENTIFIC = re.compile(r"(\d+(?:\.\d+)?)[eE]([+-]?\d{1,3})(?![\w.])", re.ASCII)
 _ROW_GAP = re.compile(r"\s*\[\s*-?[\d.]+\s*[a-z]{2}\s*\]", re.ASCII)
+_OPTION = re.compile(r"\[[a-zA-Z]{1,8}\]\s*(?=\{)", re.ASCII)
 _COMMAND = re.compile(r"\\([A-Za-z]+\*?|.)", re.DOTALL)
 _LETTERS = re.compile(r"[A-Za-z]+", re.ASCII)
 _WORD = re.compile(r"[A-Za-z]+(?:['-][A-Za-z]+)*", re.ASCII)
@@ -51,11 +52,18 @@ _HALF_DAY = re.compile(r"([apAP])\.\s?[mM]\.?|([apAP])[mM]\b", re.ASCII)
 _BLANK = re.compile(r"[ \t\r\n]+")
 _PLAIN_OPS = frozenset("+-*/^_()[]{}|,;:=<>!'&%.?~`@#\"")
 _ASCII_RELATIONS = {"<=": "<=", ">=": ">=", "!=": "!=", "==": "=", "**": "^"}
+_UNIT_PRODUCT = re.compile(r"\\(?:cdot(?![A-Za-z])|[, ])")
+_UNIT_TEXT = re.compile(r"[A-Za-z0-9^{}/\s-]*", re.ASCII)
+_EMPHASIS = re.compile(r"\s*(\*\*|__|`)([^*_`]+)\1\s*")
+_DOTTED = re.compile(r"(\d*)\.(\d*)\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?", re.ASCII)
 _NAME_ONLY = re.compile(r"\s*[A-Za-z][A-Za-z .'/-]*[A-Za-z.]\s*", re.ASCII)
 
 
 def prepare(text: str) -> str:
     """Unicode symbols to LaTeX, and redundant outer braces and dollars away."""
+    if emphasis := _EMPHASIS.fullmatch(text):
+        text = emphasis.group(2)  # markdown inside the box
+    text = text.replace("{:}", ":")
     text = re.sub(v.RAISED, lambda m: "^{" + m.group().translate(v.SUPERSCRIPTS) + "}", text)
     text = re.sub(v.LOWERED, lambda m: "_{" + m.group().translate(v.SUBSCRIPTS) + "}", text)
     if "\\begin" not in text:
@@ -125,7 +133,10 @@ class _Lexer:
         if char == "$":
             return at + 1
         if letters := _LETTERS.match(text, at):
-            self._run(letters.group())
+            if letters.group() == "U" and self._between_sets(text, letters.end()):
+                self.emit("op", "cup")
+            else:
+                self._run(letters.group())
             return letters.end()
         if text[at : at + 2] in _ASCII_RELATIONS:
             self.emit("op", _ASCII_RELATIONS[text[at : at + 2]])
@@ -138,8 +149,18 @@ class _Lexer:
             raise Unreadable(f"character {char!r}")
         return at + 1
 
+    def _between_sets(self, text: str, end: int) -> bool:
+        """Whether a capital U stands for a union: between a closing and an opening bracket."""
+        before = self.tokens[-1].text if self.tokens else ""
+        ahead = text[end:].lstrip()[:1]
+        return before in (")", "]", "\\}") and ahead in ("(", "[", "\\")
+
     def _number(self, text: str, at: int) -> int | None:
         """Read a number at `at`, with thousands separators and repeating decimals."""
+        if match := _DOTTED.match(text, at):  # dots over the first and the last digit
+            whole, fixed, first, middle, last = match.groups()
+            self.emit("num", match.group(), _repeating(whole, fixed, first + middle + last))
+            return match.end()
         if match := _REPEATING.match(text, at):
             whole, fixed, group, digit = match.groups()
             self.emit("num", match.group(), _repeating(whole, fixed, group or digit))
@@ -150,8 +171,9 @@ class _Lexer:
         after_comma = (
             len(self.tokens) >= 2 and self.tokens[-1].text == "," and not self.gap
         ) and self.tokens[-2].kind == "num"
+        scripted = bool(self.tokens) and self.tokens[-1].text in ("_", "^")  # \\log_2 128
         grouped = _GROUPS if self.depth > 0 or after_comma else _GROUPS_WITH_COMMAS
-        if match := grouped.match(text, at):
+        if not scripted and (match := grouped.match(text, at)):
             digits = re.sub(r"\D", "", match.group(1)) + (match.group(2) or "")
         elif match := _DECIMAL.match(text, at):
             digits = match.group()
@@ -184,8 +206,11 @@ class _Lexer:
         if not match:
             raise Unreadable("lone backslash")
         name, end = match.group(1).rstrip("*"), match.end()
-        if name in v.THIN or name in v.SPACING or name in ("(", ")", "[", "]", "$", "/", "-"):
+        if name in v.THIN or name in v.SPACING or name in ("(", ")", "[", "]", "/", "-"):
             self.widen("," if name in v.THIN else " ")
+            return end
+        if name in v.CURRENCY:
+            self.widen(" ")
             return end
         if name in v.SIZES:
             return self._delimiter(text, end, name)
@@ -194,7 +219,8 @@ class _Lexer:
         if name in v.MATH_STYLES:
             return self._styled(text, end, self._math_group)
         if name in v.WITH_DROPPED_ARGUMENT:
-            return self._skip_argument(text, end)
+            end = self._skip_argument(text, end)
+            return self._skip_argument(text, end) if name == "fcolorbox" else end
         if name in v.OPERATORS:
             op = v.OPERATORS[name]
             self.emit("word" if op in ("or", "and") else "op", op)
@@ -204,6 +230,8 @@ class _Lexer:
             self.emit("func", name)
         elif name in ("begin", "end"):
             return self._environment(text, end, name)
+        elif name in v.NUMBER_SETS:
+            self.emit("set", name)
         elif name in ("mathbb", "Bbb"):
             return self._blackboard(text, end)
         elif name in v.GREEK or name in v.ALIASES:
@@ -243,6 +271,9 @@ class _Lexer:
 
     def _text_group(self, content: str) -> None:
         r"""Text mode; mathematics between dollars stays mathematics."""
+        if content.strip() in v.TEXT_FUNCTIONS:
+            self.emit("func", content.strip())
+            return
         pieces = _DOLLAR.split(content)
         for index, piece in enumerate(pieces):
             self.math(piece) if index % 2 else self._text(piece)
@@ -259,6 +290,8 @@ class _Lexer:
                 self._text(content)
         elif self._unit_letter(content.strip()):
             self.emit("word", content.strip())
+        elif self._units(content):
+            self._text(content)
         else:
             self.emit("op", "{")
             self.math(content)
@@ -269,7 +302,24 @@ class _Lexer:
         if letter not in v.UNIT_LETTERS or not self.tokens:
             return False
         before = self.tokens[-1]
+        if before.text == "*" and len(self.tokens) > 1:
+            return self.tokens[-2].kind == "word"
+        if before.text == "{" and len(self.tokens) > 2:  # in a \frac behind a number
+            two, one = self.tokens[-3:-1]
+            return (
+                two.kind == "word"
+                and one.text == "}"
+                or (two.kind == "num" and one.kind == "cmd" and one.text.endswith("frac"))
+            )
         return before.kind in ("num", "word") or before.text in (")", "}", "pi", "/")
+
+    def _units(self, content: str) -> bool:
+        r"""Whether upright letters with powers are a unit: \mathrm{m^3}, \mathrm{kg\cdot m}."""
+        plain = _UNIT_PRODUCT.sub(" ", content)
+        names = _LETTERS.findall(plain)
+        if not self._unit_letter("m") or not names or not _UNIT_TEXT.fullmatch(plain):
+            return False
+        return all(name.lower() in v.UNITS or name in v.UNIT_LETTERS for name in names)
 
     def _text(self, text: str) -> None:
         at = 0
@@ -288,6 +338,8 @@ class _Lexer:
                 symbol = single and not self._unit_letter(word.group())
                 self.emit("sym" if symbol else "word", word.group())
                 at = word.end()
+            elif text.startswith("--", at):
+                raise Unreadable("a range")  # the dash of text mode
             elif text[at] == ".":
                 at = self._number(text, at) or at + 1
             else:
@@ -297,6 +349,8 @@ class _Lexer:
 
     def _skip_argument(self, text: str, at: int) -> int:
         at = _skip_blank(text, at)
+        if option := _OPTION.match(text, at):
+            at = option.end()
         return _closing(text, at) + 1 if text[at : at + 1] == "{" else at
 
     def _environment(self, text: str, at: int, which: str) -> int:

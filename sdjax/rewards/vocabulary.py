@@ -5,7 +5,8 @@ from __future__ import annotations
 SPACING = frozenset(
     "quad qquad enspace thinspace medspace thickspace negthinspace hfill noindent limits nolimits "
     "displaystyle textstyle scriptstyle scriptscriptstyle bf rm it sf tt sl em cal bfseries "
-    "itshape large Large LARGE huge Huge small normalsize tiny footnotesize strut mathstrut "
+    "itshape large Large LARGE huge Huge small normalsize tiny footnotesize scriptsize strut "
+    "mathstrut "
     "allowbreak nobreak protect centering boldmath".split()
 )
 THIN = frozenset(",;:!> ")  # \, \; \: \! \> and a backslash before a blank
@@ -15,14 +16,16 @@ SIZES = frozenset(
 ) - {"lvert", "rvert"}
 TEXT_STYLES = frozenset(
     "text textbf textit textrm textnormal textsf texttt textsc textup textmd emph mbox hbox "
-    "textsl textmath".split()
+    "textsl textmath uline".split()
 )
 MATH_STYLES = frozenset(
     "mathrm mathbf mathit mathsf mathtt mathnormal boldsymbol bm pmb operatorname mathop mathbin "
-    "mathord underline boxed fbox ensuremath mathup symbf symrm framebox".split()
+    "mathord underline boxed fbox ensuremath mathup symbf symrm framebox "
+    "bold".split()
 )
 WITH_DROPPED_ARGUMENT = frozenset(
-    "color textcolor colorbox phantom hphantom vphantom label tag hspace vspace mspace".split()
+    "color textcolor colorbox fcolorbox phantom hphantom vphantom label tag hspace vspace "
+    "mspace".split()
 )
 OPERATORS = {
     "cdot": "*",
@@ -77,6 +80,7 @@ OPERATORS = {
     "rceil": "rceil",
     "circ": "circ",
     "degree": "deg",
+    "textdegree": "deg",
     "%": "%",
     "prime": "'",
     "bmod": "bmod",
@@ -98,10 +102,10 @@ FUNCTIONS = frozenset(
 )
 LIST_FUNCTIONS = frozenset("gcd lcm min max".split())
 STRUCTURES = frozenset(
-    "frac dfrac tfrac cfrac sqrt root binom dbinom tbinom choose over begin end overline bar vec "
-    "hat widehat tilde angle measuredangle triangle operatorname dot overrightarrow "
-    "overleftrightarrow ldots dots cdots dotsc infty emptyset varnothing bigtriangleup odot "
-    "mathbb mathcal mathfrak Re Im".split()
+    "frac dfrac tfrac cfrac nicefrac sfrac sqrt root binom dbinom tbinom choose over begin end "
+    "overline bar vec hat widehat tilde angle measuredangle triangle operatorname dot "
+    "overrightarrow overleftrightarrow ldots dots cdots dotsc infty emptyset varnothing "
+    "bigtriangleup odot mathbb mathcal mathfrak Re Im top".split()
 )
 GREEK = frozenset(
     "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi omicron pi rho "
@@ -130,12 +134,15 @@ _VULGAR |= {"⅗": "3 5", "⅘": "4 5", "⅙": "1 6", "⅚": "5 6", "⅛": "1 8"
 _VULGAR |= {"⅞": "7 8"}
 UNICODE = str.maketrans(
     {"−": "-", "–": "-", "‐": "-", "‑": "-", "﹣": "-", "＋": "+", "＝": "=", "／": "/"}
+    | {"－": "-", "∕": "/", "（": "(", "）": ")", "［": "[", "］": "]", "｛": r"\{", "｝": r"\}"}
+    | {"，": ", ", "；": ";", "：": ":", "、": ", ", "。": ".", "％": r"\%", "＜": "<", "＞": ">"}
     | {"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "∗": "*", "÷": r"\div "}
     | {"√": r"\sqrt ", "∛": r"\sqrt[3] ", "∜": r"\sqrt[4] ", "±": r"\pm ", "∓": r"\mp "}
     | {"≤": r"\le ", "⩽": r"\le ", "≥": r"\ge ", "⩾": r"\ge ", "≠": r"\ne ", "∞": r"\infty "}
     | {"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "Ø": r"\emptyset "}
     | {"⌀": r"\emptyset ", "∖": r"\setminus ", "≡": r"\equiv ", "∠": r"\angle ", "…": r"\ldots "}
-    | {"°": r"^{\circ}", "º": r"^{\circ}", "℃": " C", "′": "'", "’": "'", "‘": "'", "⁄": "/"}
+    | {"°": r"^{\circ}", "º": r"^{\circ}", "˚": r"^{\circ}", "¢": r"\text{ cents}", "℃": " C"}
+    | {"′": "'", "’": "'", "‘": "'", "⁄": "/"}
     | {"π": r"\pi ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ", "δ": r"\delta "}
     | {"ε": r"\epsilon ", "ζ": r"\zeta ", "η": r"\eta ", "θ": r"\theta ", "κ": r"\kappa "}
     | {"λ": r"\lambda ", "μ": r"\mu ", "µ": r"\mu ", "ν": r"\nu ", "ξ": r"\xi ", "ρ": r"\rho "}
@@ -180,7 +187,9 @@ HEDGES = frozenset(
     "base wrong incorrect false isnt is isn't impossible for any all some than as "
     "negative positive opposite reciprocal inverse conjugate unknown guess guessed none nothing "
     "never error point hence infinity infinite undefined approximately same equals equal "
-    "original".split()
+    "original half halves thirds fourths quarters fifths sixths eighths tenths hundredths "
+    "thousandths gross ish minimum maximum fails fail failed rejected extraneous cannot "
+    "instead".split()
 )
 _UNITS = {
     "cm": "cm centimeter centimeters centimetre centimetres",
@@ -211,13 +220,18 @@ _UNITS = {
     "rad": "radian radians rad",
     "am": "am",
     "pm": "pm",
-    "%": "percent percents percentage pct",
+    "%": "% percent percents percentage pct",
 }
 UNITS = {word: unit for unit, words in _UNITS.items() for word in words.split()}
 BARE_UNITS = frozenset(word for word in UNITS if len(word) > 2) | frozenset(
     "cm mm km kg mi ft mph kph ways units points integers cm² USD".split()
 )
 UNIT_LETTERS = frozenset("m g s h L l J N W V K F".split())
+NUMBER_SETS = frozenset("R N Z Q C".split())  # \\R and its kin, as many preambles define them
+# what may stand in text mode before its argument; sec, min and max are words as often as not
+TEXT_FUNCTIONS = (FUNCTIONS | {"gcd", "lcm"}) - {"sec", "exp"}
+CURRENCY = frozenset("$ mathdollar textdollar".split())
+ORDINALS = frozenset("st nd rd th".split())
 RUN_NAMES = {
     "sqrt": ("cmd", "sqrt"),
     "pi": ("sym", "pi"),
@@ -233,4 +247,4 @@ RUN_NAMES = {
 COMMANDS = (
     SPACING | SIZES | TEXT_STYLES | MATH_STYLES | WITH_DROPPED_ARGUMENT | FUNCTIONS | LIST_FUNCTIONS
 )
-COMMANDS |= STRUCTURES | GREEK | frozenset(ALIASES) | frozenset(OPERATORS)
+COMMANDS |= NUMBER_SETS | STRUCTURES | GREEK | frozenset(ALIASES) | frozenset(OPERATORS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from sdjax.rewards import vocabulary as v
-from sdjax.rewards.nodes import Node, num
+from sdjax.rewards.nodes import INFINITY, REALS, Node, num
 from sdjax.rewards.quick import squeeze
 from sdjax.rewards.tokens import Token
 
@@ -17,15 +17,21 @@ _STYLE = re.compile(
 _SPACING = re.compile(
     r"\\(?:"
     + "|".join(sorted(v.SPACING, key=len, reverse=True))
-    + r")(?![A-Za-z])|\\[,;:!>()\[\] ]|~|\$|\\\\\s*\Z"
+    + r"|left|right)(?![A-Za-z])|\\[,;:!>()\[\] ]|~|\$|\\\\\s*\Z"
 )
-_COLOR = re.compile(r"\\(?:text)?color\s*\{[^{}]*\}")
+_DROPPED = re.compile(
+    r"\\(?:" + "|".join(sorted(v.WITH_DROPPED_ARGUMENT)) + r")(?![A-Za-z])\s*\{[^{}]*\}"
+)
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}])")
 _OPTION_TEXT = re.compile(r"(?:[A-Za-z']{2,}|\d+(?:\.\d+)?)+")
-_LETTER = re.compile(r"\(?([A-Za-z])\)?[.):]?")
+_LETTER = re.compile(r"(?:[Oo]ption|[Cc]hoice)?[(\[]?([A-Za-z])[)\]]?[.):]?")
 _CHOICE = re.compile(r"\(([A-Za-z])\)")
 _SPACED_DIGITS = re.compile(r"(?<=[0-9])[ \t\r\n]+(?=[0-9])")
 _POINT = re.compile(r"(?<=[A-Za-z])\.")
 _FORMULA = re.compile(r"[\\^_]")
+NAMED_VALUES = {"infinity": INFINITY} | dict.fromkeys(
+    ("allrealnumbers", "allreals", "realnumbers", "therealnumbers"), REALS
+)
 _PUNCTUATION = frozenset("()'-.,/?:&;!\"")
 
 
@@ -34,7 +40,7 @@ def plain_text(text: str) -> str:
 
     Only blanks between digits stay, as a mark: `1\\,7` is not 17.
     """
-    text = _SPACED_DIGITS.sub("\x00", _SPACING.sub(" ", _STYLE.sub("", _COLOR.sub("", text))))
+    text = _SPACED_DIGITS.sub("\x00", _SPACING.sub(" ", _without_style(text)))
     text = re.sub(r"[{} \t\r\n]+", "", text.replace("\\&", "&"))
     return text.removesuffix(".")
 
@@ -52,6 +58,8 @@ def is_words(tokens: list[Token]) -> bool:
 def number_word(text: str) -> Node | None:
     """`twelve`, `twenty-five` as a number, else None."""
     words = plain_text(text).casefold()
+    if words in NAMED_VALUES:
+        return NAMED_VALUES[words]
     if words in v.NUMBER_WORDS:
         return num(v.NUMBER_WORDS[words])
     for tens, value in v.TENS.items():
@@ -99,7 +107,7 @@ def same_letter(letter: str, styled: bool, answer: str) -> bool:
 
 def same_words(gold: str, answer: str) -> bool:
     """Text equality of words without styling, blanks, abbreviation points and letter case."""
-    if any(_FORMULA.search(_SPACING.sub("", _STYLE.sub("", text))) for text in (gold, answer)):
+    if any(_FORMULA.search(_SPACING.sub("", _without_style(text))) for text in (gold, answer)):
         return same_text(gold, answer)  # braces and case mean something here
     a, b = (_POINT.sub("", plain_text(text)).casefold() for text in (gold, answer))
     return a == b
@@ -111,4 +119,9 @@ def same_text(gold: str, answer: str) -> bool:
 
 
 def _unstyled(text: str) -> str:
-    return squeeze(_SPACING.sub(" ", _STYLE.sub("", text))).removesuffix(".")
+    return squeeze(_SPACING.sub(" ", _without_style(text))).removesuffix(".")
+
+
+def _without_style(text: str) -> str:
+    """Without style commands, and without the ones whose argument is not shown."""
+    return _STYLE.sub("", _DROPPED.sub("", _DOUBLED.sub(r"\\", text)))

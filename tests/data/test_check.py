@@ -55,6 +55,18 @@ def test_code_golds_must_hold_tests():
     assert [c.kind for c in checks] == ["tests", "unreadable_gold", "unreadable_gold"]
 
 
+@pytest.mark.parametrize("reward", ["mine.rewards:score", "format_strict"])
+def test_golds_of_other_rewards_are_left_alone(reward):
+    """A user's reward may want another form than a box: its data set must not come out empty."""
+
+    class Refuses:
+        def score(self, responses, golds):
+            raise AssertionError("nothing to show it")
+
+    checks = check_golds(problems("4"), Refuses(), reward)
+    assert [(c.passed, c.kind) for c in checks] == [(True, "unchecked")]
+
+
 def run(tmp_path, rows, capsys, **changes):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")

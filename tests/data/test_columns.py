@@ -1,6 +1,8 @@
 """Rows of any shape become problems; rows that cannot are named with index and reason."""
 
+import dataclasses
 import json
+from decimal import Decimal
 
 import pytest
 
@@ -34,6 +36,21 @@ def test_verl_rows_as_structs_and_as_json_text():
     assert as_struct.meta["history"] == chat[:1]
 
 
+def test_messages_in_parts_are_joined(tmp_path):
+    """Chats of multimodal sets hold lists, which once broke the search for duplicates."""
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "1+1?"}]
+    image = [{"type": "image", "image": "x.png"}]
+    rows = [
+        {"prompt": [{"role": "user", "content": content}], "answer": "2"}
+        for content in (parts, parts, image)
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    report = load_report(DataConfig(name="jsonl", path=str(path)))
+    assert [p.prompt for p in report.problems] == ["What is 1+1?"] and report.duplicates == 1
+    assert [(b.index, "text" in b.reason) for b in report.bad_rows] == [(2, True)]
+
+
 def test_system_column_becomes_the_first_message():
     assert row(prompt="Q?", answer="B", system="Choose.").meta["history"] == [
         {"role": "system", "content": "Choose."}
@@ -49,7 +66,15 @@ def test_named_columns_with_dotted_paths():
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [("1/2", "1/2"), (3.0, "3"), (2.5, "2.5"), (7, "7"), ([1, 2], "[1, 2]")]
+    ("value", "text"),
+    [
+        ("1/2", "1/2"),
+        (3.0, "3"),
+        (2.5, "2.5"),
+        (7, "7"),
+        ([1, 2], "[1, 2]"),
+        (Decimal("2.50"), "2.50"),
+    ],
 )
 def test_golds_as_text(value, text):
     """AMC23 keeps its golds as floats: "27.0" would never equal a model's 27 by its text."""
@@ -61,6 +86,7 @@ def test_golds_as_text(value, text):
     [
         ({"prompt": "Q?"}, "no answer"),
         ({"prompt": "Q?", "answer": None}, "no answer"),
+        ({"prompt": "Q?", "answer": float("nan")}, "no answer"),
         ({"prompt": "Q?", "answer": "  "}, "answer is empty"),
         ({"prompt": " \n", "answer": "4"}, "prompt is empty"),
         ({"answer": "4"}, "config.data.columns.prompt"),
@@ -146,7 +172,11 @@ def test_training_problems_are_checked_and_screened(jsonl, caplog):
     c = config.base()
     c.data.name, c.data.path, c.data.on_overlap = "jsonl", jsonl, "drop"
     held_out = {"train": load_problems(c.data), "mine": load_problems(c.data)[2:]}
+    held_out["bad"] = [
+        dataclasses.replace(load_problems(c.data)[0], prompt="New?", meta={"row": 7})
+    ]
     kept = training_problems(c, None, Pool(), held_out)
+    assert "1 of 1 golds of evaluation set bad fail their verifier: row 7 ('2'" in caplog.text
     assert [p.answer for p in kept] == ["4"]  # "2" fails its verifier, "8" stands in "mine"
     assert "evaluation set mine" in caplog.text and "set train" not in caplog.text
     c.eval.sets = ("sciknoweval_physics",)  # letters in <answer>, which no box would ever match

@@ -39,6 +39,13 @@ def test_every_form_of_file(tmp_path, name, form):
     assert list(sources.read_rows(path)) == ROWS
 
 
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    """Files from spreadsheets begin with one, and json.loads refuses it."""
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS)), encoding="utf-8-sig")
+    assert list(sources.read_rows(str(path))) == ROWS
+
+
 def test_a_folder_is_read_in_the_order_of_its_files_and_by_split(tmp_path):
     write(tmp_path / "test-00000.jsonl", ROWS[4:], "jsonl")
     write(tmp_path / "train-00001.parquet", ROWS[2:4], "parquet")

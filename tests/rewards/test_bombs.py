@@ -71,3 +71,35 @@ def test_bomb_is_cheap_and_wrong(gold, bomb):
     assert decide(bomb[:1000], gold)[0] is not True
     decide(bomb[:1000], bomb[:999])
     assert time.process_time() - start < 1.5
+
+
+REPEATED = (
+    r"\ \\ \{ \} & ^ _ % ~ ' \frac \left( \text{ \begin{pmatrix} \overline \dot ( ) [ ] | || < 1, "
+    r"1{,} . .. .0 ² √ π U ** __ ` \phantom{ \mathrm{m m^2/ \% \text{or} or = x= \cup 1\cup \pm "
+    r"\pm1 ! 1! ^\circ f( \sin \sin( \log_ \log_2 1: a_ \in \{1, \binom{ 1\choose 1\over \mid "
+    r"\middle| \langle \lfloor \ldots \infty \mathbb{R} \R 1\bmod \pmod{ \equiv \vec{ \angle "
+    r"\begin{cases} \fcolorbox{a}{b} {:} \frac{\text{m}}{ \textdegree \$ ﹣ （ ，"
+).split()
+
+
+UNITS = (r"7\mathrm{" + unit * 150 + "!}" for unit in ("m  ", r"m \cdot ", "m\t ", "m^2 ", "m/"))
+SPREAD = (r"7\mathrm{m" + " " * 900 + "!}", r"7\text{ " + " " * 900 + "}x", ".1" + r"\dot{1}" * 80)
+
+
+@pytest.mark.parametrize("answer", [*UNITS, *SPREAD])
+def test_patterns_do_not_backtrack(answer):
+    """A first pattern for units took minutes for a hundred of them."""
+    start = time.process_time()
+    decide(answer, "7")
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize("gold", ["7", "x^2+1", "(0,1)\\cup(2,3)", "1,2", "\\text{(B)}", "12_7"])
+def test_repeated_tokens_are_cheap_and_wrong(gold):
+    """A model that repeats itself writes these; each is a chance for quadratic scanning."""
+    for token in REPEATED:
+        start = time.process_time()
+        answer = token * (999 // len(token))
+        assert decide(answer, gold)[0] is not True, token
+        decide(answer, answer[:-1])
+        assert time.process_time() - start < 1.0, token

@@ -16,7 +16,7 @@ MATH = get_reward("math")
 
 
 def own_cases():
-    for name in ("own_cases.txt", "fuzz_cases.txt"):
+    for name in ("own_cases.txt", "more_cases.txt", "fuzz_cases.txt"):
         for line in (HERE / name).read_text(encoding="utf-8").splitlines():
             if line[:2] in ("+ ", "- "):
                 gold, _, answer = line[2:].partition(" | ")
@@ -111,3 +111,21 @@ def test_fallback_is_not_fooled(answer, gold):
     """math-verify alone accepts numbers inside formulas it failed to parse."""
     expected = "sum" in answer and "sum" in gold
     assert MATH(f"\\boxed{{{answer}}}", gold).correct is expected
+
+
+@pytest.mark.parametrize("name", [*"abcdfghjklmnopqrstuvwxyzABCDNPRSXY", "\\theta", "x_1", "a_n"])
+def test_a_variable_is_tried_on_both_sides_of_zero(name):
+    """Random signs alone would take |y| for y with one letter in six."""
+    for other in (f"|{name}|", f"\\sqrt{{{name}^2}}", f"\\max({name}, 0)", f"|{name}-100|+100"):
+        assert not decide(other, name)[0]
+    assert decide(f"|{name}|", f"\\sqrt{{{name}^2}}")[0]
+    assert decide(f"\\sqrt{{3{name}}}", f"\\sqrt{{3}}\\sqrt{{{name}}}")[0]
+
+
+def test_pairs_of_variables_are_tried_with_either_sign():
+    """|ac| + b is ac + b wherever a and c have one sign."""
+    for pair in ("ab", "ac", "ad", "bc", "bd", "cd"):
+        rest = "+".join(sorted(set("abcd") - set(pair)))
+        assert not decide(f"|{pair}|+{rest}", f"{pair}+{rest}")[0]
+        difference = "-".join(pair)
+        assert not decide(f"|{difference}|+{rest}", f"{difference}+{rest}")[0]

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mpmath import MPContext
 
 from sdjax.rewards import RewardConfig, get_reward
 from sdjax.rewards.mathematics import decide
@@ -31,6 +32,10 @@ PIECES = (
 ).split(" ")
 soup = st.lists(st.sampled_from(PIECES), min_size=1, max_size=14).map(" ".join)
 small = st.integers(-30, 30)
+EXACT = MPContext()
+EXACT.dps = 60
+mpf, sqrt = EXACT.mpf, EXACT.sqrt
+TINY = mpf(10) ** -45
 
 
 @COMMON
@@ -126,3 +131,60 @@ def test_equations_up_to_a_factor(a, b, c, k):
     assert decide(f"{k * b}y{k * a:+d}x{-k * c:+d}=0", gold)[0] is True
     assert decide(f"{a}x{b:+d}y={c + 1}", gold)[0] is not True
     assert decide(f"{a}x{-b:+d}y={c}", gold)[0] is not True
+
+
+WRAPS = ("({})", r"\left({}\right)", r"\bigl({}\bigr)", "[{}]", r"{{({})}}")
+
+
+def trees(depth: int):
+    """Random arithmetic: (value to 60 digits or None, spelling, another spelling)."""
+    leaves = st.builds(leaf, st.integers(0, 12), st.sampled_from((1, 1, 2, 3, 4, 10)))
+    if depth == 0:
+        return leaves
+    inner = trees(depth - 1)
+    return st.one_of(leaves, st.builds(node, st.sampled_from("+-*/s"), inner, inner, st.randoms()))
+
+
+def leaf(top, bottom):
+    if bottom == 1:
+        return mpf(top), str(top), f"{top}.0"
+    return mpf(top) / bottom, f"(\\frac{{{top}}}{{{bottom}}})", f"({top}/{bottom})"
+
+
+def node(op, left, right, rng):
+    (a, *a_texts), (b, *b_texts) = left, right
+    value, texts = None, []
+    for x, y in zip(a_texts, b_texts, strict=True):
+        x, y = (rng.choice(WRAPS).format(text) for text in (x, y))
+        forms = {
+            "+": (f"{x}+{y}", f"{y} + {x}"),
+            "-": (f"{x}-{y}", f"-{y}+{x}"),
+            "*": (f"{x}\\cdot {y}", f"{y}{x}", f"{x}\\times{y}"),
+            "/": (f"\\frac{{{x}}}{{{y}}}", f"{x}/{y}", f"{x}{y}^{{-1}}"),
+            "s": (f"\\sqrt{{{x}}}", f"{x}^{{1/2}}", f"{x}^{{\\frac12}}"),
+        }
+        texts.append(rng.choice(forms[op]))
+    if a is None or b is None:
+        return None, *texts
+    if op == "s":
+        value = sqrt(a) if a >= 0 else None
+    elif op == "/":
+        value = a / b if abs(b) > TINY else None
+    else:
+        value = {"+": a + b, "-": a - b, "*": a * b}[op]
+    return value, *texts
+
+
+@COMMON
+@given(trees(3), trees(1), st.sampled_from((1, 10**6, 10**30)))
+def test_arithmetic_against_an_independent_evaluation(tree, other, scale):
+    """Two spellings of a value are equal, another value is not, however near it is."""
+    value, text, again = tree
+    if value is None or len(text) + len(again) > 500:
+        return
+    assert decide(again, text)[0] is True
+    assert decide(f"({again})+\\frac{{1}}{{{scale}}}", text)[0] is not True
+    hidden = f"x+({again})+10^{{60}}\\sqrt{{2}}-10^{{60}}\\sqrt{{2}}"
+    assert decide(hidden + "+1", f"x+{text}")[0] is not True  # giants must not hide the 1
+    if other[0] is not None:
+        assert (decide(other[1], text)[0] is True) == (abs(value - other[0]) < TINY)
