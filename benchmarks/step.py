@@ -1,16 +1,18 @@
 """Times one optimizer step, GRPO and SDPO, beside a plain PyTorch step on the same workload.
 
-    python benchmarks/step.py --ckpt DIR/small [--torch-python PY --peers DIR] [--skewed]
+    python benchmarks/step.py --ckpt DIR/small --lengths both --torch-python PY --peers DIR
 
 The workload is the peers' (16 prompts of 64 tokens, responses of 192 or skewed lengths, 192 more
-tokens in the teacher's prompt, float32). Prints one JSON line per engine: median wall and CPU
-seconds of the repeats, useful GFLOP/s, peak memory of the process. `--torch-python` is an
-interpreter with torch; without it only our line is printed.
+tokens in the teacher's prompt, float32). Prints one JSON line per engine, objective and kind of
+lengths: median wall and CPU seconds of 5 repeats after the call that compiles, useful GFLOP/s, peak
+memory of the process; each engine runs in a process of its own. `--torch-python` is an interpreter
+with torch; without it only our lines are printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -191,7 +193,7 @@ def run_torch(algo: str, args: argparse.Namespace) -> dict:
     command = [args.torch_python, str(Path(args.peers) / "torch_step.py"), "--ckpt", args.ckpt]
     command += ["--algo", algo, "--reps", str(args.reps), "--batch", str(args.batch)]
     command += ["--micro", str(args.torch_micro)] + (["--skewed"] if args.skewed else [])
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     line = json.loads(done.stdout.strip().splitlines()[-1])
     line["engine"] = line.pop("peer")
     line["cpu_seconds"] = round(line["seconds"] * line["cpu_per_wall"], 3)
@@ -205,7 +207,12 @@ def main() -> None:
         "--memory", action="store_true", help="only compile the head at 1k, 4k and 16k tokens"
     )
     parser.add_argument("--algo", choices=("grpo", "sdpo", "both"), default="both")
-    parser.add_argument("--skewed", action="store_true", help="response lengths 16 + Exp(40)")
+    parser.add_argument(
+        "--lengths",
+        choices=("equal", "skewed", "both"),
+        default="equal",
+        help="of responses: all the same, 16 + Exp(40), or one after the other",
+    )
     parser.add_argument("--entropy", action="store_true", help="also measure both entropies")
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--batch", type=int, default=16)
@@ -228,12 +235,15 @@ def main() -> None:
         return
     if not args.ckpt:
         parser.error("--ckpt is needed (or --memory)")
-    for algo in ("grpo", "sdpo") if args.algo == "both" else (args.algo,):
+    algos = ("grpo", "sdpo") if args.algo == "both" else (args.algo,)
+    lengths = ("equal", "skewed") if args.lengths == "both" else (args.lengths,)
+    for kind, algo in itertools.product(lengths, algos):
+        args.skewed = kind == "skewed"
         if args.torch_python:
             print(json.dumps(run_torch(algo, args)), flush=True)
-        if args.algo == "both":  # each of ours in its own process, so that peak memory is its own
-            alone = [*sys.argv[1:], "--algo", algo, "--torch-python", ""]  # the last one counts
-            subprocess.run([sys.executable, __file__, *alone], check=True)
+        if len(algos) * len(lengths) > 1:  # in its own process, so that peak memory is its own
+            alone = ["--algo", algo, "--lengths", kind, "--torch-python", ""]  # the last ones count
+            subprocess.run([sys.executable, __file__, *sys.argv[1:], *alone], check=True)
         else:
             print(json.dumps(run_ours(algo, args)), flush=True)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.objectives.importance import effective_sample_size, masked_mean
+from sdjax.objectives.objective import Knobs
 from sdjax.types import Array, PackedBatch
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95, "max": 1.0}
@@ -23,11 +24,27 @@ def masked_quantiles(x: Array, mask: Array) -> dict[str, Array]:
     return {name: jnp.where(count > 0, flat[place(q)], 0.0) for name, q in QUANTILES.items()}
 
 
-def ratio_metrics(prefix: str, log_ratio: Array, mask: Array) -> dict[str, Array]:
-    """Quantiles and effective sample size of exp(log_ratio)."""
+def ratio_metrics(
+    prefix: str, log_ratio: Array, mask: Array, cap: Array | float
+) -> dict[str, Array]:
+    """Quantiles, effective sample size and share above `cap` of exp(log_ratio)."""
     ratio = jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
     out = {f"{prefix}_{name}": x for name, x in masked_quantiles(ratio, mask).items()}
-    return out | {f"{prefix}_ess": effective_sample_size(ratio, mask)}
+    return out | {
+        f"{prefix}_ess": effective_sample_size(ratio, mask),
+        f"{prefix}_capped_frac": masked_mean((ratio > cap).astype(ratio.dtype), mask),
+    }
+
+
+def waste_metrics(batch: PackedBatch) -> dict[str, Array]:
+    """Share of the rows' capacity that holds nothing, over the micro-batches that are run."""
+    out = {}
+    for side in ("student", "teacher"):
+        rows = getattr(batch, side)
+        if rows is not None:
+            filled = (rows.segment_ids > 0).astype(jnp.float32).mean((1, 2))
+            out[f"batch/{side}_waste"] = 1.0 - filled.sum() / jnp.maximum((filled > 0).sum(), 1)
+    return out
 
 
 def word_metrics(
@@ -46,6 +63,7 @@ def step_metrics(
     loss: Array,
     seen: dict[str, Array],
     batch: PackedBatch,
+    knobs: Knobs,
     word_of_token: Array | None = None,
     words: tuple[str, ...] = (),
 ) -> dict[str, Array]:
@@ -71,7 +89,7 @@ def step_metrics(
         out["policy/dual_clip_frac"] = masked_mean(seen["dual"], mask)
     if "teacher_logp" in seen:
         out |= _teacher_metrics(seen, batch, distilled, word_of_token, words)
-    return out | _drift_metrics(logp, batch, mask)
+    return out | waste_metrics(batch) | _drift_metrics(logp, batch, mask, knobs)
 
 
 def _teacher_metrics(
@@ -84,6 +102,7 @@ def _teacher_metrics(
     """How teacher and student differ on the distilled tokens."""
     u = seen["teacher_logp"] - seen["student_logp"]
     out = {
+        "self_distillation/empty_target_batch": (distilled.sum() == 0).astype(jnp.float32),
         "distill/u_mean": masked_mean(u, distilled),
         "distill/u_abs": masked_mean(jnp.abs(u), distilled),
     }
@@ -99,7 +118,7 @@ def _teacher_metrics(
     return out
 
 
-def _drift_metrics(logp: Array, batch: PackedBatch, mask: Array) -> dict[str, Array]:
+def _drift_metrics(logp: Array, batch: PackedBatch, mask: Array, knobs: Knobs) -> dict[str, Array]:
     """Trainer against sampler (before any update on the batch), and current against old policy."""
     old = logp if batch.old_logp is None else batch.old_logp
     gap = jnp.where(mask > 0, old - batch.sampler_logp, 0.0)
@@ -108,13 +127,14 @@ def _drift_metrics(logp: Array, batch: PackedBatch, mask: Array) -> dict[str, Ar
         "drift/prob_error": masked_mean(jnp.exp(jnp.abs(gap)), mask),
         "drift/sampler_kl": masked_mean(-gap, mask),
         "drift/sampler_k3": masked_mean(jnp.exp(gap) - gap - 1, mask),
+        "drift/sampler_chi2": masked_mean(jnp.exp(2 * gap), mask) - 1,
     }
-    out |= ratio_metrics("drift/sampler_ratio", gap, mask)
+    out |= ratio_metrics("drift/sampler_ratio", gap, mask, knobs.rollout_is_clip)
     if batch.ref_logp is not None:
         moved = jnp.where(mask > 0, logp - batch.ref_logp, 0.0)
         out["policy/kl_initial"] = masked_mean(moved, mask)
         out["policy/kl_initial_k3"] = masked_mean(jnp.exp(-moved) + moved - 1, mask)
     if batch.old_logp is not None:
         out["policy/kl_to_old"] = masked_mean(old - logp, mask)
-        out |= ratio_metrics("policy/ratio", logp - old, mask)
+        out |= ratio_metrics("policy/ratio", logp - old, mask, knobs.is_clip)
     return out

@@ -2,7 +2,8 @@
 
 1. student forward     hidden states of the packed rows, gathered where a response is predicted
 2. teacher forward     the same with other weights and its own prompts, without gradient; left out
-                       of the program when the objective has no teacher
+                       of the program when the objective has no teacher, and not run for
+                       micro-batches in which nobody has one
 3. head and loss       chunk by chunk with the gradient in the same pass (`sdjax.head`)
 4. accumulate          over the micro-batches that hold something; weights already carry the
                        normaliser of the whole mini-batch, so everything only adds
@@ -159,6 +160,16 @@ def _forward(
     return jnp.take_along_axis(hidden_BTD, index[..., None], 1)
 
 
+def _teacher_hidden(
+    params: Params, batch: PackedBatch, cfg: ModelConfig, config: StepConfig
+) -> Array:
+    """Hidden states on the teacher's prompts; zeros, at no cost, where no row has a teacher."""
+    forward = lambda: _forward(params, batch.teacher, cfg, config, batch.teacher_index)
+    out = jax.eval_shape(forward)
+    nobody = lambda: jnp.zeros(out.shape, out.dtype)
+    return jax.lax.cond((batch.teacher.segment_ids > 0).any(), forward, nobody)
+
+
 def _teacher_head(
     state: TrainState,
     batch: PackedBatch,
@@ -174,10 +185,10 @@ def _teacher_head(
         params = lora.join(state.teacher_params, state.frozen)
     elif config.teacher_kind != "live" and state.frozen is not None:
         params, teacher_cfg = state.frozen, lora.without(cfg)
-    hidden = _forward(params, batch.teacher, teacher_cfg, config, batch.teacher_index)
+    hidden = _teacher_hidden(params, batch, teacher_cfg, config)
     out = head.TeacherHead(hidden=hidden, weight=decoder.head_weight(params, teacher_cfg))
     if config.teacher_kind == "trust_region":
-        other = _forward(student, batch.teacher, cfg, config, batch.teacher_index)
+        other = _teacher_hidden(student, batch, cfg, config)
         weight = decoder.head_weight(student, cfg)
         out = out.replace(other_hidden=other, other_weight=weight, mix=scalars.trust_mix)
     return jax.lax.stop_gradient(out)
@@ -298,7 +309,9 @@ def _train_step(
         opt_state=opt_state,
         skipped=jnp.where(finite, 0, state.skipped + 1),
     )
-    metrics = measure.step_metrics(loss, seen, batch, scalars.word_of_token, config.words)
+    metrics = measure.step_metrics(
+        loss, seen, batch, scalars.knobs, scalars.word_of_token, config.words
+    )
     metrics |= {
         "optim/grad_norm": norm,
         "optim/lr": learning_rate(optimizer, update_count(state.opt_state)),

@@ -2,8 +2,10 @@
 
 A response brings one student sequence (prompt + response) and, when it has a teacher, one teacher
 sequence (teacher prompt + the same response); both go to the same row number, so that nothing is
-exchanged between devices when hidden states are gathered. The last response token is never an
-input: nothing is predicted from it. Shapes come from `PackingSpec`, of which a run uses few.
+exchanged between devices when hidden states are gathered. Responses with a teacher share rows, the
+others fill what is left there and then rows of their own, for which the step runs no teacher. The
+last response token is never an input: nothing is predicted from it. Shapes come from `PackingSpec`,
+of which a run uses few.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 ROW_FRACTIONS = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)  # of the longest row, as buckets
-TEACHER_RATIOS = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)  # teacher row / student row
+TEACHER_RATIOS = (*np.arange(1.0, 3.0, 0.125), 3.0, 4.0, 6.0, 8.0)  # teacher row / student row
 SLOT_FRACTIONS = (0.25, 0.5, 0.75, 1.0)  # response slots / student row
 KEEP_BUCKET = 1.15  # a known bucket is reused while it costs at most so many times the best one
 ALIGN = 64  # row lengths are multiples of it (of 8 when shorter), for attention blocks
@@ -84,7 +86,8 @@ def align(n: int) -> int:
 def place(sizes: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
     """Best-fit decreasing: items [n, 3] into rows of `capacity`, each dimension at most full.
 
-    Raises ValueError naming the first item that does not fit into an empty row.
+    Items with teacher tokens come first, so that rows without any are as many as can be. Raises
+    ValueError naming the first item that does not fit into an empty row.
     """
     capacity = np.asarray(capacity, np.int64)
     too_long = np.flatnonzero((sizes > capacity).any(-1))
@@ -97,11 +100,11 @@ def place(sizes: np.ndarray, capacity: Sequence[int]) -> list[list[int]]:
     share = sizes / np.maximum(capacity, 1)
     rows: list[list[int]] = []
     free = np.empty((len(sizes), 3), np.int64)
-    for i in np.argsort(-share.max(-1), kind="stable"):
+    for i in np.lexsort((-share.max(-1), sizes[:, 1] == 0)):
         left = free[: len(rows)] - sizes[i]
         fits = (left >= 0).all(-1)
         if fits.any():
-            room = (left / np.maximum(capacity, 1)).max(-1)
+            room = np.where(sizes[i] > 0, left / np.maximum(capacity, 1), 0.0).max(-1)
             best = int(np.flatnonzero(fits)[np.argmin(room[fits])])
         else:
             best = len(rows)
@@ -116,9 +119,10 @@ def _spec_for(
     sizes: np.ndarray, row_len: int, teacher_row_len: int, micro_rows: int
 ) -> PackingSpec:
     """The spec of rows of `row_len`, with teacher rows in proportion and as few slots as needed."""
-    longest, total = sizes.max(0), sizes.sum(0)
-    if teacher_row_len == 0 and total[1]:
-        wanted = max(longest[1], row_len * total[1] / max(total[0], 1))
+    taught = sizes[sizes[:, 1] > 0]
+    if teacher_row_len == 0 and taught.size:
+        student, teacher, _ = taught.sum(0)
+        wanted = max(taught[:, 1].max(), row_len * teacher / student)
         ratios = [r for r in TEACHER_RATIOS if align(int(r * row_len)) >= wanted]
         teacher_row_len = align(int((ratios[0] if ratios else wanted / row_len + 1) * row_len))
     rows = place(sizes, (row_len, teacher_row_len, row_len))
@@ -128,9 +132,12 @@ def _spec_for(
     return PackingSpec(micro, micro_rows, row_len, teacher_row_len, slots)
 
 
-def cost(spec: PackingSpec) -> int:
-    """Tokens that the models read: what a bucket is judged by."""
-    return spec.rows * (spec.row_len + spec.teacher_row_len)
+def cost(sizes: np.ndarray, spec: PackingSpec) -> int:
+    """Tokens that the models read, in whole micro-batches: what a bucket is judged by."""
+    rows = place(sizes, _capacity(spec))
+    taught = sum(bool(sizes[row, 1].any()) for row in rows)
+    whole = lambda n: -(-n // spec.micro_rows) * spec.micro_rows
+    return whole(len(rows)) * spec.row_len + whole(taught) * spec.teacher_row_len
 
 
 def choose_spec(
@@ -153,12 +160,12 @@ def choose_spec(
     lengths = sorted({align(int(f * limit)) for f in ROW_FRACTIONS} | {limit})
     lengths = [n for n in lengths if n >= longest]
     candidates = [_spec_for(sizes, n, teacher_row_len, micro_rows) for n in lengths]
-    best = min(candidates, key=lambda s: (cost(s), -s.row_len))
-    for spec in sorted(known, key=cost):
-        if spec.micro_rows == micro_rows and _fits(sizes, spec):
-            needed = -(-len(place(sizes, _capacity(spec))) // micro_rows)
-            if cost(dataclasses.replace(spec, micro_batches=needed)) <= KEEP_BUCKET * cost(best):
-                return spec
+    best = min(candidates, key=lambda spec: (cost(sizes, spec), -spec.row_len))
+    usable = [s for s in known if s.micro_rows == micro_rows and _fits(sizes, s)]
+    if usable:
+        kept = min(usable, key=lambda spec: cost(sizes, spec))
+        if cost(sizes, kept) <= KEEP_BUCKET * cost(sizes, best):
+            return kept
     return dataclasses.replace(best, micro_batches=1 << (best.micro_batches - 1).bit_length())
 
 
@@ -178,7 +185,8 @@ def pack(
 ) -> Any:
     """The mini-batch as a PackedBatch of numpy arrays, every response exactly once.
 
-    Rows with many slots come first, so that rows of one micro-batch have similar numbers of them.
+    Rows with a teacher come first, among them those with many slots: the rows of one micro-batch
+    have similar numbers of slots, and the last micro-batches need no teacher.
     Outside skip_first <= t < prefix_len (0: no end) a token's distill_weight is 0. Raises
     ValueError when the items do not fit into `spec` or disagree on having `old_logp` or `ref_logp`.
     """
@@ -189,11 +197,16 @@ def pack(
             f"{len(items)} responses need {len(rows)} rows of {_capacity(spec)}, but the spec has "
             f"{spec.rows}: choose the spec from these responses"
         )
-    rows.sort(key=lambda row: -sizes[row, 2].sum())
+    rows.sort(key=lambda row: _row_order(sizes[row]))
     batch = _empty(spec, items)
     for b, row in enumerate(rows):
         _fill_row(batch, b, [items[i] for i in row], skip_first, prefix_len)
     return _build(batch, spec)
+
+
+def _row_order(sizes: np.ndarray) -> tuple[bool, int]:
+    """Sorts a row of items [n, 3] by whether nobody in it has a teacher, then by its slots."""
+    return not sizes[:, 1].any(), -int(sizes[:, 2].sum())
 
 
 def _same_presence(items: Sequence[PackItem], name: str) -> bool:
@@ -286,7 +299,7 @@ def unpack(values: np.ndarray, batch: Any, items: Sequence[PackItem], spec: Pack
     """
     sizes = np.array([item.sizes for item in items], np.int64)
     rows = place(sizes, _capacity(spec))
-    rows.sort(key=lambda row: -sizes[row, 2].sum())
+    rows.sort(key=lambda row: _row_order(sizes[row]))
     flat = np.asarray(values).reshape(spec.rows, spec.slots)
     out: list = [None] * len(items)
     for b, row in enumerate(rows):
@@ -299,12 +312,18 @@ def unpack(values: np.ndarray, batch: Any, items: Sequence[PackItem], spec: Pack
 
 
 def waste(batch: Any) -> dict[str, float]:
-    """Fractions of row capacity that hold nothing, over the micro-batches that hold something."""
-    mask = np.asarray(batch.mask)
-    used = mask.any((1, 2))
-    out = {"slots": 1.0 - float(mask[used].mean())}
+    """Fractions of row capacity that hold nothing, over the micro-batches that hold something.
+
+    "slots", "student" and "teacher"; of the teacher's, micro-batches without any teacher do not
+    count, because the step runs none for them.
+    """
+    filled = {"slots": np.asarray(batch.mask)}
     for side in ("student", "teacher"):
         rows = getattr(batch, side)
         if rows is not None:
-            out[side] = 1.0 - float((np.asarray(rows.segment_ids)[used] > 0).mean())
+            filled[side] = np.asarray(rows.segment_ids) > 0
+    out = {}
+    for name, x in filled.items():
+        used = x.any((1, 2))
+        out[name] = 1.0 - float(x[used].mean()) if used.any() else 0.0
     return out

@@ -16,8 +16,8 @@ class HealthError(RuntimeError):
 def check_prob_error(metrics: Mapping[str, Any], limit: float) -> None:
     """Stops when sampler and trainer give the sampled tokens different probabilities.
 
-    `drift/prob_error` is mean exp|trainer - sampler| of log-probabilities *before* any update on
-    the batch, 1 when they agree. Then look at template, dtype, weights, positions.
+    `drift/prob_error` is the mean of exp|trainer - sampler| of log-probabilities *before* any
+    update on the batch, 1 when they agree. Then look at template, dtype, weights, positions.
     """
     value = float(metrics["drift/prob_error"])
     if not value <= limit:  # also catches NaN

@@ -47,9 +47,15 @@ def distillation_loss(
     weight.
     The gradient reaches `student_logits` only. A `config` mapping goes through `as_config`.
     Returns the loss and metrics, among them `per_token_loss` [B, T] (before masking), `loss_mask`
-    and `student_logp`.
+    and `student_logp`. Raises ValueError when `targets` are missing and needed.
     """
     config = dataclasses.replace(as_config(config), pg_coef=0.0, kl_coef=0.0)
+    ratios = old_logp is not None or sampler_logp is not None
+    if targets is None and (ratios or config.support == "sampled"):
+        raise ValueError(
+            "targets is None, but importance ratios and objective.support='sampled' are taken at "
+            "the sampled tokens: give their ids"
+        )
     mask, config = _mask_or_all(mask, student_logits, config)
     if has_teacher is not None:
         mask = mask * has_teacher.reshape(has_teacher.shape + (1,) * (2 - has_teacher.ndim))
@@ -79,8 +85,8 @@ def policy_gradient_loss(
     logp: Array,
     old_logp: Array | None,
     sampler_logp: Array | None,
-    advantage: Array,
-    mask: Array,
+    advantage: Array | None,
+    mask: Array | None,
     *,
     config: ObjectiveConfig | Mapping[str, Any],
     ref_logp: Array | None = None,
@@ -90,12 +96,28 @@ def policy_gradient_loss(
     """Clipped policy-gradient loss from log-probabilities [B, T] of the sampled tokens.
 
     `old_logp` None means on-policy, `sampler_logp` None no sampler correction; `advantage` is [B]
-    or [B, T]; `ref_logp` is needed when kl_coef is not 0, `teacher_logp` when the teacher modulates
-    the advantage. `rollout_weights` [B, T] replaces the weight computed from `sampler_logp`.
-    Returns the loss and metrics: `per_token_loss` (before masking), `loss_mask`, `pg_clipfrac`,
-    `pg_clipfrac_lower`, `ppo_kl` as in the reference.
+    or [B, T]; `ref_logp` is what kl_coef refers to, `teacher_logp` modulates the advantage. With
+    pg_coef 0 `advantage` may be None, and without `ref_logp` the reference is `old_logp`.
+    `rollout_weights` [B, T] replaces the weight computed from `sampler_logp`.
+    Returns the loss and metrics: `per_token_loss` (before masking), `loss_mask`, `rollout_weights`
+    where there are any, `pg_clipfrac`, `pg_clipfrac_lower`, `ppo_kl` as in the reference. Raises
+    ValueError when something that the config needs is missing.
     """
     config = as_config(config)
+    if ref_logp is None and not config.uses_policy:
+        ref_logp = old_logp
+    for name, given, needed in (
+        ("advantage", advantage, config.uses_policy),
+        ("ref_logp", ref_logp, config.kl_coef),
+        ("teacher_logp", teacher_logp, config.uses_policy and config.mod != "none"),
+    ):
+        if needed and given is None:
+            raise ValueError(
+                f"{name} is None, but objective.pg_coef={config.pg_coef}, kl_coef={config.kl_coef} "
+                f"and mod={config.mod!r} need it"
+            )
+    if advantage is None:
+        advantage = jnp.zeros(logp.shape[:1], logp.dtype)
     mask, config = _mask_or_all(mask, logp, config)
     weight, rollout_weights, sampler_logp = _weights(
         mask, old_logp, sampler_logp, rollout_weights, config
@@ -127,6 +149,8 @@ def policy_gradient_loss(
         kl = policy_gradient.kl_penalty(logp, _finite(ref_logp, mask), config.kl_estimator)
         metrics["kl"] = masked_mean(kl, mask)
         per_token = per_token + config.kl_coef * kl
+    if sampler is not None:
+        metrics["rollout_weights"] = sampler
     metrics |= {"per_token_loss": per_token, "loss_mask": mask}
     return _total(per_token * weight, mask, config), metrics
 
@@ -134,14 +158,23 @@ def policy_gradient_loss(
 def as_config(config: ObjectiveConfig | Mapping[str, Any]) -> ObjectiveConfig:
     """An ObjectiveConfig as it is; a mapping of its fields, or of a reference's parameters.
 
-    A mapping with the key "source" goes through `ObjectiveConfig.from_reference`.
+    A mapping with the key "source", or a recorded case's own entry with "name" and "params", goes
+    through `ObjectiveConfig.from_reference`. Raises ValueError for a field that does not exist.
     """
     if isinstance(config, ObjectiveConfig):
         return config
+    if "name" in config and "params" in config:
+        return ObjectiveConfig.from_reference(config["name"], config["params"])
     params = dict(config)
     source = params.pop("source", None)
     if source is not None:
         return ObjectiveConfig.from_reference(source, params)
+    unknown = set(params) - {field.name for field in dataclasses.fields(ObjectiveConfig)}
+    if unknown:
+        raise ValueError(
+            f"{', '.join(sorted(unknown))} is no field of ObjectiveConfig: for another codebase's "
+            "spelling add its name under 'source' (ObjectiveConfig.from_reference)"
+        )
     return ObjectiveConfig(**params)
 
 

@@ -254,7 +254,8 @@ def token_loss(
         teacher_log_z = jax.nn.logsumexp(teacher_logits, -1)
         teacher_logp = gather(teacher_logits, slots.targets[..., None])[..., 0] - teacher_log_z
         seen["teacher_logp"] = teacher_logp
-        u = teacher_logp - logp
+        # whoever has no teacher keeps its advantage: there the logits are of nothing
+        u = jnp.where(slots.distill_weight > 0, teacher_logp - logp, 0.0)
     if config.with_entropy or config.entropy_coef:
         seen["student_entropy"] = divergence.entropy(student_logits, log_z)
         if config.uses_teacher:

@@ -2,8 +2,9 @@
 
 `ObjectiveConfig.from_reference(source, params)` takes a source (SOURCES; the name of a case that
 begins with one, such as "sdpo_topk8_tail_alpha1", works too) and parameters in that codebase's own
-spelling. Values that do not concern the objective (prompt lengths, EMA rates) are passed over by
-name; an unknown parameter is an error.
+spelling; what is not named has the default of that codebase's loss function. Values that do not
+concern the objective (prompt lengths, EMA rates) are passed over by name; an unknown parameter is
+an error.
 """
 
 from __future__ import annotations
@@ -19,14 +20,16 @@ _RLCSD_POLICY = _POLICY | {"clip_high": 0.2, "dual_clip": math.inf}
 # What each codebase does when a parameter is not named. Longest matching prefix wins.
 SOURCES: dict[str, dict[str, Any]] = {
     "sdpo": _DISTILL | {"loss_agg": "token-mean"},
+    "sdpo_rollout": _DISTILL | {"loss_agg": "token-mean", "rollout_is_clip": 2.0},
     "grpo": _POLICY,
+    "grpo_tis": _POLICY | {"rollout_is_clip": 2.0},
     "kl": _POLICY | {"pg_coef": 0.0, "kl_coef": 1.0},
     "tis": _POLICY | {"rollout_is_clip": 2.0},
     "offpolicy": _POLICY,
     "trl_gkd": _DISTILL | {"loss_agg": "labels-mean"},
     "trl_sdpo": _DISTILL | {"loss_agg": "rows-incl-masked", "add_tail": False},
     "trl_policy": _POLICY | {"dual_clip": math.inf, "loss_agg": "rows-incl-masked"},
-    "opsd": _DISTILL | {"loss_agg": "labels-mean-unclamped", "temperature": 1.1},
+    "opsd": _DISTILL | {"loss_agg": "labels-mean-unclamped"},
     "opsdc": _DISTILL | {"alpha": 1.0, "loss_agg": "token-mean"},
     "rlcsd_repo_sdpo": _DISTILL | {"loss_agg": "token-mean", "is_clip": 2.0},
     "rlcsd_repo_opsd": _DISTILL | {"loss_agg": "token-mean", "alpha": 0.0},
@@ -100,8 +103,15 @@ AGG_SPELLINGS = {
     "tokens": "token-mean",
     "bnpo": "token-mean",
     "dapo": "token-mean",
+    "luspo": "token-mean",
+    "cispo": "token-mean",
+    "sapo": "token-mean",
     "dr_grpo": "rows-fixed",
     "batchmean": "labels-mean",
+}
+REDUCTIONS = {
+    "batchmean": {},
+    "sum": {"loss_agg": "seq-mean-token-sum-norm", "norm_n": 1.0},
 }
 ESTIMATOR_SPELLINGS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 TOPK_NAMES = ("topk", "k", "top_k", "top_k_distill", "top_k_loss", "distillation_topk")
@@ -125,6 +135,8 @@ def fields(source: str, params: dict[str, Any]) -> dict[str, Any]:
         out |= _translate(origin, name, value)
     if "sampled" in source or "policy_gradient" in source:
         out["support"] = "sampled"
+    if source.endswith("nolabels"):
+        out["loss_agg"] = "row-sum-mean"
     if out.get("support") == "sampled":
         out["alpha"] = params.get("alpha", 1.0)
     return out
@@ -155,6 +167,8 @@ def _translate(origin: str, name: str, value: Any) -> dict[str, Any]:
         return {"loss_agg": AGG_SPELLINGS.get(value, value)}
     if name in ("num_items_in_batch", "num_items"):
         return {"loss_agg": "seq-mean-token-sum-norm", "norm_n": float(value)} if value else {}
+    if name == "reduction" and value in REDUCTIONS:
+        return REDUCTIONS[value]
     if name == "mode":
         return {} if "sampled" not in value else {"support": "sampled"}
     if name in ("epsilon", "clip", "cliprange"):

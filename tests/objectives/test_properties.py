@@ -117,6 +117,18 @@ def test_blockwise_top_k_with_ties_returns_distinct_ids():
     assert all(len(set(row)) == 10 for row in ids.tolist()) and (ids[:, 0] == 5).all()
 
 
+def test_window_is_counted_in_response_tokens():
+    """skip_first and prefix_len as positions of the padded row instead of the response."""
+    student, teacher = jnp.asarray(logits(14)), jnp.asarray(logits(15))
+    config = {"support": "full", "loss_agg": "token-mean"}
+    window = config | {"skip_first": 1, "prefix_len": 2}
+    shifted, cut = np.array([[0, 1, 1], [1, 1, 1]]), np.array([[0, 0, 1], [0, 1, 0]])
+    loss = lambda mask, config: distillation_loss(student, teacher, None, mask, config=config)[0]
+    np.testing.assert_allclose(
+        loss(jnp.asarray(shifted), window), loss(jnp.asarray(cut), config), rtol=1e-6
+    )
+
+
 def test_importance_ratio_of_the_sampler_is_applied_once():
     """With the sampler's log-probabilities alone, is_clip and rollout_is_clip must not multiply."""
     student, teacher = jnp.asarray(logits(8)), jnp.asarray(logits(9))
@@ -130,6 +142,52 @@ def test_importance_ratio_of_the_sampler_is_applied_once():
             student, teacher, targets, mask, sampler_logp=sampler, config=config
         )
         np.testing.assert_allclose(loss, 1.5 * plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("support", ["full", "student_topk", "teacher_topk", "sampled"])
+def test_no_gradient_reaches_the_teacher(support):
+    """A live teacher that is trained to agree with the student."""
+    student, teacher = jnp.asarray(logits(10)), jnp.asarray(logits(11))
+    config = ObjectiveConfig(support=support, distillation_topk=5, alpha=1.0)
+    targets, mask = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 3))
+    loss = lambda z, t: distillation_loss(z, t, targets, mask, config=config)[0]
+    assert np.asarray(jax.grad(loss)(student, teacher)).any()
+    assert not np.asarray(jax.grad(loss, 1)(student, teacher)).any()
+
+
+def test_no_gradient_reaches_teacher_or_weights_of_the_policy_term():
+    """Evidence, old and sampler's log-probabilities move the loss and learn nothing from it."""
+    rng = np.random.default_rng(12)
+    logp, old, sampler, teacher = -rng.exponential(1.0, (4, 2, 3)).astype(np.float32)
+    config = ObjectiveConfig(pg_coef=1.0, distill_coef=0.0, mod="anti_phi")
+    advantage = jnp.array([1.0, -1.0])
+
+    def loss(teacher, sampler):
+        return policy_gradient_loss(
+            logp, old, sampler, advantage, jnp.ones((2, 3)), config=config, teacher_logp=teacher
+        )[0]
+
+    moved = [loss(teacher, sampler), loss(teacher + 1, sampler), loss(teacher, sampler + 1)]
+    assert len({float(x) for x in moved}) == 3
+    for grad in jax.grad(loss, (0, 1))(jnp.asarray(teacher), jnp.asarray(sampler)):
+        assert not np.asarray(grad).any()
+
+
+def test_missing_inputs_are_named():
+    """Ratios at token 0, or a crash deep inside, for what was not given."""
+    z, ones = jnp.asarray(logits(13)), jnp.ones((2, 3))
+    with pytest.raises(ValueError, match="targets is None"):
+        distillation_loss(z, z, None, ones, sampler_logp=ones, config=ObjectiveConfig())
+    policy = {"pg_coef": 1.0, "distill_coef": 0.0}
+    for missing, extra in (("advantage", {}), ("ref_logp", {"kl_coef": 0.1})):
+        advantage = None if missing == "advantage" else jnp.ones(2)
+        with pytest.raises(ValueError, match=f"{missing} is None"):
+            policy_gradient_loss(ones, ones, None, advantage, ones, config=policy | extra)
+    with pytest.raises(ValueError, match="teacher_logp is None"):
+        config = policy | {"mod": "add_u"}
+        policy_gradient_loss(ones, ones, None, jnp.ones(2), ones, config=config)
+    with pytest.raises(ValueError, match="topk is no field.*'source'"):
+        distillation_loss(z, z, None, ones, config={"topk": 5})
 
 
 def test_all_equal_group_has_no_gradient():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sdjax import parallel, step
+from sdjax import measure, parallel, step
 from sdjax.compiled import Program
 from sdjax.data import packing
 from sdjax.models import decoder
@@ -264,6 +264,36 @@ def test_training_moves_the_student_towards_its_teacher(trainer):
     np.testing.assert_allclose(metrics["optim/lr"], 1e-2, rtol=1e-6)
 
 
+def test_the_step_consumes_its_state(trainer):
+    """Without donation the parameters and both moments would be held twice."""
+    train, fresh, batch, scalars = trainer
+    state = fresh()
+    old = jax.tree.leaves((state.params, state.opt_state, state.teacher_params))
+    train(state, batch, scalars)
+    assert all(x.is_deleted() for x in old)
+
+
+def test_measured_waste_is_the_packers(trainer):
+    """Fractions over spare micro-batches too, or over those that run no teacher."""
+    train, fresh, batch, scalars = trainer
+    _, metrics = train(fresh(), batch, scalars)
+    waste = packing.waste(jax.device_get(batch))
+    for side in ("student", "teacher"):
+        np.testing.assert_allclose(metrics[f"batch/{side}_waste"], waste[side], rtol=1e-5)
+
+
+def test_importance_ratios_are_measured_against_their_caps():
+    """A cap of the other ratio, or of tokens outside the mask."""
+    mask = jnp.array([[[True, True, True, True, False]]])
+    gap = jnp.log(jnp.array([[[1.0, 1.0, 1.5, 3.0, 9.0]]]))
+    seen = measure.ratio_metrics("x", gap, mask, 2.0)
+    assert seen["x_capped_frac"] == 0.25 and seen["x_p50"] == 1.0
+    np.testing.assert_allclose(seen["x_max"], 3.0, rtol=1e-6)
+    weights = np.array([1.0, 1.0, 1.5, 3.0])
+    expected = weights.sum() ** 2 / (len(weights) * (weights**2).sum())
+    np.testing.assert_allclose(seen["x_ess"], expected, rtol=1e-5)
+
+
 def test_non_finite_gradient_skips_the_update_and_is_counted(trainer):
     """NaN that reaches weights or moments, or a counter that forgets."""
     train, fresh, batch, scalars = trainer
@@ -285,6 +315,7 @@ def test_response_without_teacher_has_no_gradient(trainer):
     nobody = batch.replace(distill_weight=jnp.zeros_like(batch.distill_weight))
     _, metrics = train(fresh(), nobody, scalars)
     assert metrics["optim/grad_norm"] == 0 and metrics["loss/total"] == 0
+    assert metrics["self_distillation/empty_target_batch"] == 1
     assert metrics["batch/distilled_frac"] == 0
 
 
