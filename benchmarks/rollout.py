@@ -1,27 +1,37 @@
 """Useful response tokens per second of the sampling engine, beside transformers and the machine.
 
-    python benchmarks/rollout.py --ckpt DIR [--torch-python PYTHON] [--reps 5]
+    python benchmarks/rollout.py [--ckpt random SMOLLM2_DIR]
 
+measures each checkpoint (`random`: written here, Qwen3 with 8 layers, D 512, V 151,936, tied) and
 prints one JSON line per engine, each measured in a process of its own:
 
+    limit          the bare matrix products and cache reads of the useful tokens, nothing else;
+                   beside them `sampler_ms`, what drawing 32 tokens costs
     sdjax          the engine: slots refilled from the queue
     longest        the same programs without refill: batches that run to their longest response
     equal          the engine when all responses are equally long, beside `ideal_s`: as many full
                    steps as the tokens need, each as long as in the same run, and the bare matrix
                    products of prompts without padding
-    limit          the bare matrix products and cache reads of the useful tokens, nothing else
-    transformers   `generate` on PyTorch, as often as there are batch sizes (--torch-python)
-    int8           what an int8 cache changes: log-probabilities of the same tokens under both
+    transformers   `generate` on PyTorch, at the fastest of --torch-batches
+    summary        the ratios that are asked for, and what share of the time goes where
+    int8           only when named by --engine: what an int8 cache changes, as the log-probabilities
+                   of the same tokens under both
 
 The workload is `--requests` random prompts of 16 to 64 tokens and log-normal response lengths with
 median 32, cut at 256; temperature 1, no end token, float32. `seconds` is the median of `reps` runs
-after one that compiles. Neighbours on the machine disturb wall time, so every line also has the CPU
-seconds of the whole process (`cpu_s`), and `tokens_per_cpu_s`.
+after what compiles. Neighbours on the machine disturb wall time, so every line also has the CPU
+seconds of the whole process (`cpu_s`), and `tokens_per_cpu_s`. `sampling_mb` is the weights and
+what the process holds at most during the timed runs beyond what it held idle before them: cache,
+prefilled prompts and temporaries, without the interpreter and the compiled programs, which
+`idle_mb` and `runs_peak_mb` include.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import functools
+import gc
+import importlib.util
 import json
 import os
 import pathlib
@@ -29,6 +39,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -45,10 +56,36 @@ def workload(vocab: int, count: int, median: int, longest: int, equal: bool):
     return prompts, np.full(count, median) if equal else lengths
 
 
-def timed(run, reps: int):
-    """Wall and CPU seconds of `reps` calls after one that compiles."""
+def random_checkpoint(folder: str) -> str:
+    """Writes the checkpoint that the targets name, with random weights."""
+    import jax
+
+    from sdjax.models import decoder, hf
+    from sdjax.models.config import ModelConfig
+
+    cfg = ModelConfig("qwen3", 151936, 512, 8, 8, 4, 64, 1536, qk_norm="head", tie_embeddings=True)
+    hf.save(folder, cfg, decoder.init_params(cfg, jax.random.key(0)), dtype="float32")
+    return folder
+
+
+def memory_mb(name: str) -> float:
+    """A field of this process's memory: VmRSS now, VmHWM at its peak."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def idle_mb() -> float:
+    """Memory of this process once unused pages are given back; VmHWM starts anew from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    return memory_mb("VmRSS")
+
+
+def timed(run, reps: int, warm=None):
+    """Wall and CPU seconds of `reps` calls after one that compiles (`warm`, or a call as well)."""
     start = time.perf_counter()
-    run()
+    (warm or run)()
     first, out = time.perf_counter() - start, []
     for _ in range(reps):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -112,30 +149,47 @@ def setup(args, equal: bool, cache_dtype: str = "auto"):
     return engine, weights, requests, int(lengths.sum())
 
 
-def memory_line(engine, weights) -> dict:
-    """Megabytes of weights and of the cache at its largest."""
+def sizes_mb(engine, weights) -> tuple[float, float]:
+    """Megabytes of the weights and of the cache at its largest."""
     import jax
 
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.params))
-    cache = engine.spec.nbytes(engine.cfg.slots, engine.buckets.lengths[-1])
-    return dict(weights_mb=round(size / 2**20), cache_mb=round(cache / 2**20))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(weights.params)) / 2**20
+    return size, engine.spec.nbytes(engine.cfg.slots, engine.buckets.lengths[-1]) / 2**20
+
+
+def memory_line(engine, weights, idle: float) -> dict:
+    """What the runs since `idle_mb` have needed, beside weights and cache."""
+    size, cache = sizes_mb(engine, weights)
+    peak = memory_mb("VmHWM")
+    used = size + peak - idle
+    return dict(
+        weights_mb=round(size),
+        cache_mb=round(cache),
+        sampling_mb=round(used),
+        of_weights_and_cache=round(used / (size + cache), 3),
+        idle_mb=round(idle),
+        runs_peak_mb=round(peak),
+    )
 
 
 def run_sdjax(args, equal=False) -> None:
     engine, weights, requests, tokens = setup(args, equal)
+    seen, idle = [], []
 
     def run():
         engine.reset_stats()
         assert sum(len(c.tokens) for c in engine.generate(weights, requests)) == tokens
+        seen.append(engine.stats())
 
-    first, runs = timed(run, args.reps)
-    stats = engine.stats()
+    first, runs = timed(run, args.reps, warm=lambda: (run(), idle.append(idle_mb())))
+    stats = {name: statistics.median(s[name] for s in seen[1:]) for name in seen[1]}
     keep = ("occupancy", "steps", "decode_s", "prefill_s", "compilations")
-    extra = {name: round(stats[name], 3) for name in keep} | memory_line(engine, weights)
+    extra = {name: round(stats[name], 3) for name in keep} | memory_line(engine, weights, idle[0])
+    step = stats["decode_s"] / stats["steps"]
+    extra["step_ms"] = round(step * 1e3, 2)
     if equal:
-        decode = tokens / args.slots * stats["decode_s"] / stats["steps"]
         prefill = prompt_seconds(engine, weights, sum(len(r.prompt_tokens) - 1 for r in requests))
-        ideal = decode + prefill
+        ideal = tokens / args.slots * step + prefill
         extra |= dict(ideal_s=round(ideal, 3), ideal_prefill_s=round(prefill, 3))
         extra |= dict(of_ideal=round(ideal / stats["seconds"], 3))
     report("equal" if equal else "sdjax", args, runs, first, tokens, slots=args.slots, **extra)
@@ -151,7 +205,7 @@ def run_longest(args) -> None:
         done = [c for batch in batches for c in engine.generate(weights, batch)]
         assert sum(len(c.tokens) for c in done) == tokens
 
-    first, runs = timed(run, args.reps)
+    first, runs = timed(run, args.reps, warm=lambda: engine.warm_up(weights))
     occupancy = round(engine.stats()["occupancy"], 3)
     report("longest", args, runs, first, tokens, slots=args.slots, occupancy=occupancy)
 
@@ -214,7 +268,9 @@ def run_limit(args) -> None:
                 return jnp.einsum("bngs,bnsc->bngc", score, v).reshape(q_B1HC.shape)
 
             x_B1D = mix(layer, x_B1D, attend)
-        return decoder.logits(params, x_B1D, cfg, weight_left)
+        if weight_left:
+            return decoder.vocab_first_logits(params, x_B1D[:, 0], cfg)
+        return decoder.logits(params, x_B1D, cfg)
 
     x_B1D = jnp.ones((B, 1, cfg.d_model)) * 1e-3
     call = lambda *given: timed(lambda: jax.block_until_ready(products(params, *given)), 20)
@@ -225,7 +281,24 @@ def run_limit(args) -> None:
     tokens = int(lengths.sum())
     runs = [(wall * tokens / B, cpu * tokens / B) for wall, cpu in runs]
     steps = dict(step_ms=round(step * 1e3, 2), plain_step_ms=round(plain * 1e3, 2))
+    steps["sampler_ms"] = round(sampler_seconds(B, cfg.vocab_size) * 1e3, 2)
     report("limit", args, runs, first, tokens, slots=B, cached_tokens=seen, **steps)
+
+
+def sampler_seconds(rows: int, vocab: int) -> float:
+    """Median seconds of drawing one token per row at temperature 1."""
+    import jax
+    import jax.numpy as jnp
+
+    from sdjax.rollout import sampling
+
+    settings = sampling.Settings(
+        jnp.ones(rows), jnp.zeros(rows, jnp.int32), jnp.ones(rows), jnp.zeros(rows)
+    )
+    draw = jax.jit(functools.partial(sampling.sample, by_row=True, rows_last=True))
+    logits_VB, uniform_B2 = jnp.ones((vocab, rows)), jnp.full((rows, 2), 0.5)
+    run = lambda: jax.block_until_ready(draw(logits_VB, settings, uniform_B2))
+    return statistics.median(wall for wall, _ in timed(run, 20)[1])
 
 
 def run_int8(args) -> None:
@@ -243,8 +316,8 @@ def run_int8(args) -> None:
         engine="int8",
         ckpt=pathlib.Path(args.ckpt).name,
         tokens=int(tokens),
-        cache_mb=memory_line(small, weights)["cache_mb"],
-        float32_cache_mb=memory_line(engine, weights)["cache_mb"],
+        cache_mb=round(sizes_mb(small, weights)[1]),
+        float32_cache_mb=round(sizes_mb(engine, weights)[1]),
         logp_error_mean=round(float(errors.mean()), 5),
         logp_error_p99=round(float(np.quantile(errors, 0.99)), 5),
         logp_error_max=round(float(errors.max()), 5),
@@ -268,9 +341,9 @@ def run_transformers(args) -> None:
         def __call__(self, ids, scores, **kwargs):
             return ids.shape[1] - self.width >= self.wanted
 
-    def run():
-        for start in range(0, len(prompts), args.slots):
-            batch, wanted = (x[start : start + args.slots] for x in (prompts, lengths))
+    def run(size):
+        for start in range(0, len(prompts), size):
+            batch, wanted = (x[start : start + size] for x in (prompts, lengths))
             width = max(map(len, batch))
             ids = torch.zeros(len(batch), width, dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -291,9 +364,42 @@ def run_transformers(args) -> None:
             )
             assert out.shape[1] - width == max(wanted)
 
+    tokens = int(lengths.sum())
     with torch.inference_mode():
-        first, runs = timed(run, args.reps)
-    report("transformers", args, runs, first, int(lengths.sum()), slots=args.slots)
+        once = {
+            size: timed(lambda: None, 1, lambda size=size: run(size))[0]
+            for size in args.torch_batches
+        }
+        best = min(once, key=once.get)
+        _, runs = timed(lambda: run(best), args.reps, warm=lambda: None)  # warm from the search
+    tried = {str(size): round(tokens / seconds, 1) for size, seconds in once.items()}
+    report("transformers", args, runs, once[best], tokens, batch=best, tried_tokens_per_s=tried)
+
+
+def summary(lines: dict[str, dict]) -> dict:
+    """The targets with what was measured, and where the engine's time goes."""
+    ours, speed = lines["sdjax"], lambda name: lines[name]["tokens_per_s"]
+    found = [("of_limit", speed("sdjax") / speed("limit"), 0.5)]
+    found += [("of_ideal_equal_lengths", lines["equal"]["of_ideal"], 0.9)]
+    found += [("times_run_to_longest", speed("sdjax") / speed("longest"), 2.0)]
+    found += [("memory_of_weights_and_cache", ours["of_weights_and_cache"], 1.3)]
+    if "transformers" in lines:
+        found += [("times_transformers", speed("sdjax") / speed("transformers"), 4.0)]
+    out = dict(engine="summary", ckpt=ours["ckpt"])
+    for name, value, target in found:
+        met = value <= target if name.startswith("memory") else value >= target
+        out[name] = dict(value=round(value, 3), target=target, met=met)
+    share = lambda seconds: round(seconds / ours["seconds"], 3)
+    out["time"] = dict(
+        prefill=share(ours["prefill_s"]),
+        decode=share(ours["decode_s"]),
+        host=share(ours["seconds"] - ours["prefill_s"] - ours["decode_s"]),
+        slot_steps_useful=ours["occupancy"],
+        full_step_ms=lines["equal"]["step_ms"],
+        bare_products_ms=lines["limit"]["step_ms"],
+        sampler_ms=lines["limit"]["sampler_ms"],
+    )
+    return out
 
 
 ENGINES = {
@@ -306,11 +412,27 @@ ENGINES = {
 }
 
 
+def measure(args, ckpt: str) -> None:
+    """Every engine on one checkpoint, each in a process of its own; then the summary."""
+    lines = {}
+    for engine in args.engine or [name for name in ENGINES if name != "int8"]:
+        python = args.torch_python if engine == "transformers" else sys.executable
+        if not python:
+            continue
+        given = [*sys.argv[1:], "--ckpt", ckpt, "--engine", engine, "--alone"]
+        done = subprocess.run([python, __file__, *given], stdout=subprocess.PIPE, check=True)
+        print(done.stdout.decode().strip(), flush=True)
+        lines[engine] = json.loads(done.stdout.decode().strip().splitlines()[-1])
+    if {"limit", "sdjax", "longest", "equal"} <= set(lines):
+        print(json.dumps(summary(lines)), flush=True)
+
+
 def main() -> None:
+    here = sys.executable if importlib.util.find_spec("torch") else None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--ckpt", required=True)
+    parser.add_argument("--ckpt", nargs="+", default=["random"], help="folders, or random")
     parser.add_argument("--engine", choices=tuple(ENGINES), nargs="*")
-    parser.add_argument("--torch-python", help="a Python with torch and transformers")
+    parser.add_argument("--torch-python", default=here, help="a Python with torch, transformers")
     parser.add_argument("--torch-batches", type=int, nargs="*", default=[32, 64])
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--requests", type=int, default=64)
@@ -319,18 +441,17 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--row-halvings", type=int, default=5)
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.engine and len(args.engine) == 1:
+    if args.alone:
+        args.ckpt = args.ckpt[0]
         ENGINES[args.engine[0]](args)
         return
-    for engine in args.engine or ENGINES:
-        command = [sys.executable, *sys.argv, "--engine", engine]
-        if engine != "transformers":
-            subprocess.run(command, check=True)
-        elif args.torch_python:
-            for batch in args.torch_batches:
-                command = [args.torch_python, *sys.argv, "--slots", str(batch)]
-                subprocess.run([*command, "--engine", engine], check=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for ckpt in args.ckpt:
+            if ckpt == "random":
+                ckpt = random_checkpoint(os.path.join(folder, "random"))
+            measure(args, ckpt)
 
 
 if __name__ == "__main__":

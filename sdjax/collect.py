@@ -68,12 +68,15 @@ def sample_and_verify(
     seed: int,
     step: int,
     groups: Sequence[int] | None = None,
+    on_tokens: Any = None,
 ) -> tuple[list[Rollout], dict[str, float]]:
     """Samples `group_size` responses to each problem and verifies each as soon as it is finished.
 
     Returns the rollouts ordered by group and index, and timings. `groups` are the places of the
     problems in the whole batch over all processes, ascending (None: from 0 on): what is sampled
-    depends on them, not on the process. A problem whose prompt the engine dropped has no rollouts.
+    depends on them, not on the process. A problem whose prompt the engine dropped has no rollouts;
+    one that it cut appears as it was cut, so that the trainer scores what was sampled.
+    `on_tokens` is called after each decode chunk and may raise to give up.
     """
     groups = range(len(problems)) if groups is None else groups
     place = {group: i for i, group in enumerate(groups)}
@@ -91,9 +94,11 @@ def sample_and_verify(
         answers[done.request_id, done.index] = (text, pool.submit(text, gold))
 
     start = time.perf_counter()
-    completions = engine.generate(params, requests, on_finish=verify)
+    completions = engine.generate(params, requests, on_finish=verify, on_tokens=on_tokens)
     sampled = time.perf_counter()
     already = sum(future.done() for _, future in answers.values())
+    places = {place[done.request_id] for done in completions}
+    shown = {i: engine.cfg.fitted(prompts[i]) for i in places}
     rollouts = []
     for done in completions:
         text, future = answers[done.request_id, done.index]
@@ -103,7 +108,7 @@ def sample_and_verify(
                 problem=problems[i],
                 group=done.request_id,
                 index=done.index,
-                prompt_tokens=prompts[i],
+                prompt_tokens=shown[i],
                 response_tokens=done.tokens,
                 sampler_logp=done.sampler_logp,
                 finish_reason=done.finish_reason,
@@ -119,6 +124,7 @@ def sample_and_verify(
         "rollout/tokens_per_s": tokens / max(sampled - start, 1e-9),
         "rollout/verified_while_sampling_frac": already / max(len(answers), 1),
         "rollout/dropped_prompts": float(len(problems) * group_size - len(rollouts)) / group_size,
+        "rollout/cut_prompts": float(sum(len(p) < len(prompts[i]) for i, p in shown.items())),
     }
 
 

@@ -377,16 +377,17 @@ def head_weight(params: Params, cfg: ModelConfig) -> Float[Array, "V D"]:
 
 
 def logits(
-    params: Params, hidden_BTD: Float[Array, "B T D"], cfg: ModelConfig, weight_left: bool = False
+    params: Params, hidden_BTD: Float[Array, "B T D"], cfg: ModelConfig
 ) -> Float[Array, "B T V"]:
-    """float32 logits of every position. The training step takes its own chunks instead.
-
-    `weight_left` is for few rows on a CPU, see `product`.
-    """
+    """float32 logits of every position. The training step takes its own chunks instead."""
     weight_VD = head_weight(params, cfg).astype(hidden_BTD.dtype)
-    if weight_left:
-        logits_VBT = jnp.einsum(
-            "vd,btd->vbt", weight_VD, hidden_BTD, preferred_element_type=jnp.float32
-        )
-        return jnp.moveaxis(jax.lax.optimization_barrier(logits_VBT), 0, -1)
     return jnp.einsum("btd,vd->btv", hidden_BTD, weight_VD, preferred_element_type=jnp.float32)
+
+
+def vocab_first_logits(
+    params: Params, hidden_BD: Float[Array, "B D"], cfg: ModelConfig
+) -> Float[Array, "V B"]:
+    """float32 logits of few rows with the weight on the left: for CPUs, see `product`."""
+    weight_VD = head_weight(params, cfg).astype(hidden_BD.dtype)
+    logits_VB = jnp.einsum("vd,bd->vb", weight_VD, hidden_BD, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(logits_VB)

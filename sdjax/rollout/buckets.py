@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -85,9 +86,15 @@ class EngineConfig:
         """Whether the request's prompt has to lose tokens."""
         return len(request.prompt_tokens) > self.max_prompt_len
 
+    def fitted(self, prompt_tokens: Any) -> Any:
+        """The prompt as it is sampled from: without its first tokens where it is too long."""
+        return prompt_tokens[-self.max_prompt_len :]
+
     def check(self, request: Request) -> Request | None:
         """The request, or None when it is to be dropped. ValueError when it can never run."""
         s, name = request.sampling, f"request {request.id}"
+        if request.n < 1:
+            raise ValueError(f"{name} asks for n={request.n} responses: it must be at least 1")
         if not request.prompt_tokens:
             raise ValueError(f"{name} has an empty prompt: give it at least one token (bos)")
         if not 1 <= s.max_new_tokens <= self.max_new_tokens:
@@ -100,7 +107,8 @@ class EngineConfig:
                 f"{name} forces {len(request.forced_prefix)} tokens but may have only "
                 f"{s.max_new_tokens}: raise sampling.max_new_tokens"
             )
-        if s.temperature < 0 or not 0 <= s.top_p <= 1 or not 0 <= s.min_p <= 1 or s.top_k < 0:
+        fine = 0 <= s.temperature < math.inf and 0 <= s.top_p <= 1 and 0 <= s.min_p <= 1
+        if not fine or not 0 <= s.top_k < 2**31:
             raise ValueError(f"{name} has impossible settings: {s}")
         return None if self.is_cut(request) and self.on_long_prompt == "drop" else request
 

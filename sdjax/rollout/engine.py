@@ -58,7 +58,7 @@ class Engine:
     """Sampling engine of one model shape; see `EngineConfig` for what can be set.
 
     `end_token_ids` are all the tokens that end a response; `pad_id` fills padded prompts and is
-    never looked at.
+    never looked at. Slots that do not fit into the devices' memory are left out, see `memory`.
     """
 
     def __init__(
@@ -69,10 +69,10 @@ class Engine:
         end_token_ids: Iterable[int],
         pad_id: int = 0,
     ):
+        engine_cfg = memory.fitted(model_cfg, engine_cfg, mesh)
         self.model_cfg, self.cfg, self.mesh = model_cfg, engine_cfg, mesh
         self.pad_id = pad_id
         self.ends = frozenset(int(t) for t in end_token_ids)
-        memory.check(model_cfg, engine_cfg, mesh)
         self.buckets = engine_cfg.buckets(mesh.shape["data"] * mesh.shape["fsdp"])
         self.spec = kv.CacheSpec.of(model_cfg, engine_cfg.cache_dtype_name, engine_cfg.cache_layout)
         self.static = programs.Static(
@@ -298,18 +298,28 @@ class _Run:
         if request.id in self.seen:
             raise ValueError(f"request id {request.id} was given twice: ids name random streams")
         self.seen.add(request.id)
+        self._check_vocabulary(request)
         request = self.cfg.check(request)
         if request is None:
             self.stats["dropped"] += 1
             return
         if self.cfg.is_cut(request):
-            request = dataclasses.replace(
-                request, prompt_tokens=tuple(request.prompt_tokens[-self.cfg.max_prompt_len :])
-            )
+            cut = tuple(self.cfg.fitted(request.prompt_tokens))
+            request = dataclasses.replace(request, prompt_tokens=cut)
             self.stats["truncated_prompts"] += 1
         for index in range(request.n):
             self.queue.append(Response(self.order, request, index, []))
         self.order += 1
+
+    def _check_vocabulary(self, request: Request) -> None:
+        """Ids outside the embedding would be clamped by it in silence, or not forced at all."""
+        vocab = self.engine.model_cfg.vocab_size
+        for token in (*request.prompt_tokens, *request.forced_prefix):
+            if not 0 <= token < vocab:
+                raise ValueError(
+                    f"request {request.id} has token {token}, the model's vocabulary ends at "
+                    f"{vocab - 1}: its tokenizer is another model's"
+                )
 
     def _refill(self) -> None:
         """Gives every free slot the next response, prefilling prompts as needed."""

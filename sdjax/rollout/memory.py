@@ -7,6 +7,7 @@ step. Activations of a decode step are small beside these and covered by a reser
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from typing import Any
 
@@ -17,6 +18,8 @@ from sdjax.models import decoder
 from sdjax.models.config import ModelConfig
 from sdjax.rollout import cache as kv
 from sdjax.rollout.buckets import EngineConfig
+
+log = logging.getLogger(__name__)
 
 RESERVE = 0.1  # of the memory: activations, the compiler's temporaries, fragmentation
 LOGIT_COPIES = 3  # logits, their exponentials, and the truncation's candidates
@@ -100,16 +103,20 @@ def plan_slots(
     return best
 
 
-def check(cfg: ModelConfig, engine: EngineConfig, mesh: Any) -> None:
-    """ValueError with the numbers when the engine cannot fit; CPUs do not say what they have."""
+def fitted(cfg: ModelConfig, engine: EngineConfig, mesh: Any) -> EngineConfig:
+    """`engine` with as many of its slots as fit into the memory of the mesh's devices.
+
+    ValueError, with the numbers, when not even one does. CPUs do not say what they have: there the
+    slots stay as they are.
+    """
     stats = mesh.devices.flat[0].memory_stats() if mesh.devices.size else None
     limit = (stats or {}).get("bytes_limit")
     if not limit:
-        return
+        return engine
     shards, tensor = mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["tensor"]
-    plan = needs(cfg, engine, shards, tensor)
-    if plan.total > limit * (1 - RESERVE):
-        fitting = plan_slots(cfg, engine, limit, shards, tensor)
-        raise ValueError(
-            f"{plan} do not fit into {limit / 2**30:.2f} GiB: set rollout.slots={fitting.slots}"
-        )
+    wanted = needs(cfg, engine, shards, tensor)
+    if wanted.total <= limit * (1 - RESERVE):
+        return engine
+    plan = plan_slots(cfg, engine, limit, shards, tensor, most=engine.slots)
+    log.warning("%s do not fit into %.2f GiB: sampling with %s", wanted, limit / 2**30, plan)
+    return dataclasses.replace(engine, slots=plan.slots)

@@ -68,6 +68,16 @@ def test_tokens_do_not_depend_on_the_mesh(params, engine):
     assert same(engine.generate(params, requests), sharded.generate(params, requests))
 
 
+@pytest.mark.parametrize(
+    "change", [dict(chunk=3, first_length=64), dict(slots=8, row_halvings=1, refill_fraction=0.5)]
+)
+def test_tokens_do_not_depend_on_chunks_or_batches(params, engine, change):
+    """Other chunk lengths, cache buckets, numbers of slots and moments of refilling."""
+    other = Engine(MODEL, dataclasses.replace(ENGINE, **change), single_device_mesh(), ENDS)
+    requests = make_requests(7, seed=8, n=2)
+    assert same(engine.generate(params, requests), other.generate(params, requests))
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 def test_tokens_do_not_depend_on_the_layout_of_the_weights(params, engine, devices, monkeypatch):
     """Output first, as large models have them on a CPU: every axis of every matrix is turned."""
@@ -193,6 +203,11 @@ def test_long_prompts_are_counted_not_fatal(params, engine, policy):
         ),
         (dict(forced_prefix=(3,) * 50), "forces 50 tokens"),
         (dict(sampling=SamplingParams(max_new_tokens=5, top_p=1.5)), "impossible settings"),
+        (dict(sampling=SamplingParams(float("nan"), max_new_tokens=5)), "impossible settings"),
+        (dict(sampling=SamplingParams(top_k=2**31, max_new_tokens=5)), "impossible settings"),
+        (dict(n=0), "n=0 responses"),
+        (dict(prompt_tokens=(3, MODEL.vocab_size)), "has token 160.*ends at 159"),
+        (dict(forced_prefix=(3, -1)), "has token -1"),
     ],
 )
 def test_impossible_requests_are_refused_in_a_sentence(params, engine, change, message):

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 
 from sdjax.models.config import ModelConfig
@@ -38,22 +39,33 @@ def test_the_impossible_is_refused_with_the_numbers():
         memory.plan_slots(QWEN3_8B, LONG, 16 * 2**30)
 
 
-def test_an_engine_that_cannot_fit_says_how_many_slots_would():
-    class Chip:
-        def memory_stats(self):
-            return {"bytes_limit": 32 * 2**30}
+class Chip:
+    """A device that reports its memory, in a mesh of one."""
 
-    class FakeMesh:
-        import numpy as np
+    def __init__(self, gib: int):
+        self.devices = np.array([[self]], dtype=object)
+        self.shape = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
+        self.gib = gib
 
-        devices = np.array([[Chip()]], dtype=object)
-        shape = {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
-
-    with pytest.raises(ValueError, match="64 slots.* set rollout.slots=2$"):
-        memory.check(QWEN3_8B, LONG, FakeMesh())
-    assert memory.check(QWEN3_8B, dataclasses.replace(LONG, slots=2), FakeMesh()) is None
+    def memory_stats(self):
+        return {"bytes_limit": self.gib * 2**30}
 
 
-def test_devices_that_do_not_tell_are_not_checked():
+def test_an_engine_takes_the_slots_that_fit(caplog):
+    """64 slots of 38,912 tokens were asked for: the number comes from the memory, and is told."""
+    fitting = memory.fitted(QWEN3_8B, LONG, Chip(32))
+    assert fitting == dataclasses.replace(LONG, slots=2)
+    assert "64 slots: " in caplog.text and "sampling with 2 slots: " in caplog.text
+    assert memory.fitted(QWEN3_8B, fitting, Chip(32)) is fitting
+    small = dataclasses.replace(LONG, max_new_tokens=64, max_prompt_len=64)
+    assert memory.fitted(QWEN3_8B, small, Chip(95)) is small, "never more than were asked for"
+
+
+def test_an_engine_without_room_for_one_response_is_refused():
+    with pytest.raises(ValueError, match="1 slots: .* do not fit into the 14.40 GiB"):
+        memory.fitted(QWEN3_8B, LONG, Chip(16))
+
+
+def test_devices_that_do_not_tell_keep_their_slots():
     mesh = jax.sharding.Mesh([jax.devices()[0]], ("data",))
-    assert memory.check(QWEN3_8B, LONG, mesh) is None
+    assert memory.fitted(QWEN3_8B, LONG, mesh) is LONG

@@ -50,6 +50,48 @@ def test_attention_over_pages_is_the_kernels_reference(window):
     np.testing.assert_allclose(found[:, 0], expected_BHC, atol=1e-5)
 
 
+class Loaded:
+    """A loaded block of pages that is cut like the reference to it."""
+
+    def __init__(self, ref):
+        self.ref, self.dtype = ref, ref.dtype
+
+    def reshape(self, *shape):
+        return self.ref[...].reshape(*shape)
+
+
+@pytest.fixture
+def interpretable(monkeypatch):
+    """Two things that the kernel does and JAX's interpreter cannot: strided loads from a reshaped
+    reference, and masked stores whose later axes are shorter than the first."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
+
+    copies = kernel.MultiPageAsyncCopyDescriptor
+    wait = copies.wait
+    monkeypatch.setattr(copies, "wait", lambda self: Loaded(wait(self)))
+
+    def store(ref, value, mask):
+        ref[...] = jnp.where(mask, value, ref[...])
+
+    monkeypatch.setattr(kernel.pltpu, "store", store)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_kernel_interpreted_agrees_with_the_fallback(interpretable, window):
+    """Pages, lengths, heads and windows as we hand them to the kernel; float32."""
+    from jax.experimental.pallas import tpu as pltpu
+
+    B, H, N, C, S = 3, 4, 2, 128, 32
+    q_key, kv_key = jax.random.split(jax.random.key(1))
+    q_B1HC = jax.random.normal(q_key, (B, 1, H, C))
+    kv_BSNC = jax.random.normal(kv_key, (B, S, 2 * N, C))
+    length_B = jnp.asarray([1, 17, 32])
+    with pltpu.force_tpu_interpret_mode():
+        found = paged.attend_kernel(q_B1HC, kv_BSNC, length_B, window=window)
+    wanted = paged.attend_xla(q_B1HC, kv_BSNC, length_B, window=window)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
 def test_pages_sample_what_rows_sample(params, engine):
     """Other slots, chunks, prefill batches and another layout: the same tokens."""
     cfg = dataclasses.replace(

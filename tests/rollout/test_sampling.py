@@ -8,17 +8,21 @@ import pytest
 from sdjax.rollout import sampling
 
 DRAWS = 20_000
-_sample = jax.jit(sampling.sample, static_argnums=(3, 4))
+_sample = jax.jit(sampling.sample, static_argnums=(3, 4, 6))
 
 
-def sample(logits_BV, settings, uniform_B2, candidates=16, by_row=False, forced_B=None):
+def sample(
+    logits_BV, settings, uniform_B2, candidates=16, by_row=False, forced_B=None, rows_last=False
+):
     """The jitted sampler with arguments of one kind, so that equal shapes compile once."""
     rows = logits_BV.shape[0]
     forced_B = np.full(rows, -1) if forced_B is None else forced_B
     uniform_B2 = np.broadcast_to(np.asarray(uniform_B2, np.float32), (rows, 2))
     strong = lambda x: np.asarray(x, np.asarray(x).dtype)
     arrays = jax.tree.map(strong, (logits_BV, settings))
-    return _sample(*arrays, uniform_B2, candidates, by_row, forced_B.astype(np.int32))
+    if rows_last:
+        arrays = (np.ascontiguousarray(np.asarray(arrays[0]).T), arrays[1])
+    return _sample(*arrays, uniform_B2, candidates, by_row, forced_B.astype(np.int32), rows_last)
 
 
 SETTINGS = {
@@ -33,6 +37,14 @@ SETTINGS = {
     "top_p beyond the candidates": dict(top_p=0.97),
     "top_k beyond the candidates": dict(top_k=40, top_p=0.95),
     "top_p 0": dict(top_p=0.0),
+    "top_p almost 1": dict(top_p=0.9999),
+    "top_k 1": dict(top_k=1),
+    "top_k of the whole vocabulary": dict(top_k=1000, top_p=0.9),
+    "min_p 1": dict(min_p=1.0),
+    "min_p+top_k": dict(temperature=1.3, top_k=12, min_p=0.2),
+    "min_p+top_p": dict(top_p=0.95, min_p=0.02),
+    "freezing": dict(temperature=1e-3),
+    "boiling": dict(temperature=1e3, top_p=0.5),
 }
 
 
@@ -100,6 +112,101 @@ def test_draws_follow_the_reference_distribution(name):
     np.testing.assert_allclose(draw.logp, np.log(p_V[draw.token]), atol=2e-5)
     np.testing.assert_allclose(draw.truncated_logp, np.log(kept_V[draw.token]), atol=2e-5)
     assert draw.finite.all()
+
+
+def test_a_mixture_of_requests_follows_each_rows_own_distribution():
+    """20,000 draws of each of eight kinds of request in one batch, the vocabulary in front."""
+    logits_V = np.random.default_rng(4).normal(size=300).astype(np.float32) * 1.5
+    names = ("plain", "cold", "top_k", "top_p", "min_p", "all", "min_p+top_p")
+    options = [SETTINGS[name] for name in names] + [dict(temperature=0.0)]
+    repeats, kinds = 2_000, len(options)
+    kind = [settings(1, **given) for given in options]
+    mixed = jax.tree.map(lambda *leaves: np.tile(np.concatenate(leaves), repeats), *kind)
+    logits_BV = np.broadcast_to(logits_V, (repeats * kinds, 300))
+    tokens = []
+    for start in range(0, DRAWS, repeats):
+        place_B = jnp.asarray(start + np.arange(repeats * kinds) // kinds)
+        kind_B = jnp.asarray(np.arange(repeats * kinds) % kinds, jnp.uint32)
+        key_B2 = sampling.request_keys(jnp.full_like(kind_B, 9), kind_B, kind_B)
+        uniform_B2 = sampling.uniforms(key_B2, place_B)
+        draw = sample(logits_BV, mixed, uniform_B2, by_row=True, rows_last=True)
+        tokens.append(np.asarray(draw.token).reshape(repeats, kinds))
+    for i, token in enumerate(np.concatenate(tokens).T):
+        if options[i].get("temperature") == 0.0:
+            assert set(token.tolist()) == {int(logits_V.argmax())}
+        else:
+            assert chi_square(token, reference(logits_V, **options[i])[1]) < 4, options[i]
+
+
+@pytest.mark.parametrize("by_row", [False, True])
+def test_the_vocabulary_may_stand_in_front(by_row):
+    """[V, B], as a CPU's head product leaves logits: the same draws of every kind of row."""
+    rng = np.random.default_rng(7)
+    logits_BV = (rng.normal(size=(8, 1000)) * 2).astype(np.float32)
+    s = sampling.Settings(
+        jnp.asarray([1, 0, 0.7, 1, 1, 2, 1, 1], jnp.float32),
+        jnp.asarray([0, 0, 3, 0, 200, 0, 9, 0]),
+        jnp.asarray([1, 1, 1, 0.5, 0.99, 0.999, 0.9, 1], jnp.float32),
+        jnp.asarray([0, 0, 0, 0.2, 0, 0, 0.01, 0], jnp.float32),
+    )
+    forced_B = np.array([-1] * 7 + [999])
+    uniform_B2 = rng.random((8, 2))
+    wanted = sample(logits_BV, s, uniform_B2, 16, by_row, forced_B)
+    found = sample(logits_BV, s, uniform_B2, 16, by_row, forced_B, rows_last=True)
+    assert found.token.tolist() == wanted.token.tolist() and int(found.token[7]) == 999
+    np.testing.assert_allclose(found.logp, wanted.logp, rtol=1e-5)
+    np.testing.assert_allclose(found.truncated_logp, wanted.truncated_logp, rtol=1e-5, atol=1e-6)
+
+
+HARD = {
+    "flat": np.zeros(512),
+    "two heights": np.where(np.arange(512) % 2, 0.0, 1e-6),
+    "ties at the edge": np.repeat(np.arange(8.0), 64)[::-1],
+    "one giant": np.where(np.arange(512) == 300, 90.0, 0.0),
+    "few are possible": np.where(np.arange(512) % 100 == 0, 0.0, -np.inf),
+    "candidates tie with the rest": np.where(np.arange(512) < 16, 1.0, 1.0 - 1e-3),
+}
+
+
+@pytest.mark.parametrize("name", HARD)
+def test_adversarial_rows_keep_what_a_sort_keeps(name):
+    """Nuclei that spill over the candidates, and ties: all tied tokens stay, none below does."""
+    logits_V = HARD[name].astype(np.float32)
+    cases = [dict(top_p=0.5), dict(top_p=0.999), dict(top_p=0.0), dict(top_k=1), dict(top_k=16)]
+    cases += [dict(top_k=17), dict(top_k=100, top_p=0.5), dict(min_p=1.0), dict(min_p=0.5)]
+    cases += [dict(top_p=1.0), dict(temperature=1e-4, top_p=0.9), dict(temperature=0.0)]
+    logits_BV, uniform_B2 = (
+        np.broadcast_to(logits_V, (8, 512)),
+        np.random.default_rng(8).random((8, 2)),
+    )
+    for options in cases:
+        draw = sample(logits_BV, settings(8, **options), uniform_B2)
+        assert draw.finite.all(), options
+        if options.get("temperature") == 0.0:
+            assert set(draw.token.tolist()) == {int(logits_V.argmax())}
+            continue
+        p_V, kept_V = reference(logits_V, **options)
+        kept_V = (logits_V >= logits_V[kept_V > 0].min()) & np.isfinite(logits_V)
+        assert kept_V[draw.token].all(), options
+        # the kept mass is that of exactly these tokens
+        expected = np.log(p_V[draw.token] / p_V[kept_V].sum())
+        np.testing.assert_allclose(draw.truncated_logp, expected, atol=2e-5, err_msg=str(options))
+
+
+@pytest.mark.parametrize("temperature", [1e-38, 1e-30, 1e-7, 1e7, 1e30, 3e38])
+def test_extreme_temperatures_leave_a_distribution(temperature):
+    """Cold ones are greedy, hot ones flat; neither turns finite logits into a broken row."""
+    logits_BV = np.random.default_rng(5).normal(size=(8, 512)).astype(np.float32) * 30
+    logits_BV[:, :100] = -np.inf
+    uniform_B2 = np.random.default_rng(6).random((8, 2))
+    for options in (dict(), dict(top_p=0.9), dict(top_k=400), dict(min_p=0.5)):
+        draw = sample(logits_BV, settings(8, temperature, **options), uniform_B2)
+        assert draw.finite.all() and (draw.token >= 100).all()
+        assert not np.isnan(draw.logp).any() and not np.isnan(draw.truncated_logp).any()
+        if temperature < 1:
+            assert draw.token.tolist() == logits_BV.argmax(1).tolist()
+        elif not options:
+            np.testing.assert_allclose(draw.logp, -np.log(412), atol=1e-4)
 
 
 @pytest.mark.parametrize("by_row", [False, True])
