@@ -38,6 +38,7 @@ def resolve(path: str) -> str:
     if path in PACKAGED:
         return str(PACKAGED[path])
     if is_remote(path):
+        check_bucket(path)
         return path.rstrip("/")
     folder = pathlib.Path(path).expanduser()
     if folder.is_dir():
@@ -48,6 +49,20 @@ def resolve(path: str) -> str:
             "a bucket URL (gs://...), a hub name (owner/name) or 'tiny'"
         )
     return _download(path)
+
+
+def check_bucket(url: str) -> None:
+    """ValueError when the package that speaks the URL's protocol is missing."""
+    import fsspec
+
+    protocol = url.split("://")[0]
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{url!r}: {protocol}:// does not work here ({error}): install what it needs (gcsfs "
+            "for gs://, s3fs for s3://), or give a folder"
+        ) from error
 
 
 def _download(name: str) -> str:

@@ -21,25 +21,55 @@ ARCHITECTURES = {
 }
 DEFAULT_THETA = {"llama": 1e4, "qwen2": 1e4, "qwen3": 1e4, "olmo3": 5e5}
 DEFAULT_EPS = {"llama": 1e-6, "qwen2": 1e-6, "qwen3": 1e-6, "olmo3": 1e-5}
+DEFAULT_POSITIONS = {"llama": 2048, "qwen2": 32768, "qwen3": 32768, "olmo3": 2048}
+DEFAULT_KV_HEADS = {"qwen2": 32, "qwen3": 32}  # without the field; the others take all heads
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 # Fields that change the mathematics, with the only values (besides absence) that are implemented.
 ONLY = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),
     "pretraining_tp": (1,),
-    "partial_rotary_factor": (1, 1.0),
-    "clip_qkv": (None,),
-    "quantization_config": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "attention_chunk_size": (None,),
-    "attention_multiplier": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "residual_multiplier": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "no_rope_layers": (None,),
-    "query_pre_attn_scalar": (None,),
+    "partial_rotary_factor": (1.0,),
+    "attention_dropout": (0.0,),
+    "is_causal": (True,),
+    "embedding_multiplier": (1.0,),
+    "residual_multiplier": (1.0,),
+    "logits_scaling": (1.0,),
 }
+# Fields that are read, or that change nothing although their names sound like it.
+KNOWN = {
+    *REQUIRED,
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "layer_types",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "attn_implementation",
+    "use_flash_attn",
+    "output_attentions",
+    "chunk_size_feed_forward",
+}
+# An unknown field with one of these in its name may change the mathematics: it is refused unless
+# its value is empty, zero or false.
+TELLING = (
+    *("activation", "_act", "attn", "attention", "sink", "softcap", "logit", "qkv", "head"),
+    *("bias", "norm", "scal", "multiplier", "residual", "layer", "embed", "dropout", "gating"),
+    *("rope", "rotary", "alibi", "yarn", "position", "window", "chunk", "sparse", "linear"),
+    *("expert", "moe", "router", "quant", "lora", "rank", "latent", "conv_", "ssm", "mamba"),
+)
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -129,13 +159,13 @@ class ModelConfig:
                 f"model_type={family!r} of config.json is not implemented: "
                 f"sdjax knows {', '.join(FAMILIES)}"
             )
-        _refuse_unknown_mathematics(raw)
+        _refuse_unknown_mathematics(raw, family)
         heads, layers = raw["num_attention_heads"], raw["num_hidden_layers"]
         attention_bias = bool(raw.get("attention_bias", False))
         rope, rope_sliding = _ropes(raw, family)
         eos = raw.get("eos_token_id")
         default_head_dim = 128 if family == "qwen3" else raw["hidden_size"] // heads
-        kv_heads = raw.get("num_key_value_heads")
+        kv_heads = raw.get("num_key_value_heads", DEFAULT_KV_HEADS.get(family))
         eps = raw.get("rms_norm_eps")
         return cls(
             model_type=family,
@@ -156,7 +186,7 @@ class ModelConfig:
             o_bias=False if family == "qwen2" else attention_bias,
             mlp_bias=family == "llama" and bool(raw.get("mlp_bias", False)),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_positions=raw.get("max_position_embeddings", 2048),
+            max_positions=raw.get("max_position_embeddings", DEFAULT_POSITIONS[family]),
             init_std=raw.get("initializer_range", 0.02),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else _some(eos),
@@ -198,12 +228,23 @@ def _some(value: int | None) -> tuple[int, ...]:
     return () if value is None else (value,)
 
 
-def _refuse_unknown_mathematics(raw: Mapping[str, Any]) -> None:
+def _refuse_unknown_mathematics(raw: Mapping[str, Any], family: str) -> None:
+    missing = [field for field in REQUIRED if raw.get(field) is None]
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}: nothing is guessed")
     for field, allowed in ONLY.items():
-        if field in raw and raw[field] not in allowed:
+        if raw.get(field) is not None and raw[field] not in allowed:
             raise ValueError(
                 f"{field}={raw[field]!r} of config.json is not implemented: "
                 f"sdjax computes only {field}={allowed[0]!r}"
+            )
+    known = KNOWN | set(ONLY) | ({"mlp_bias"} if family == "llama" else set())
+    for field, value in raw.items():
+        telling = any(part in field.lower() for part in TELLING)
+        if value and telling and field not in known and not field.startswith("_"):
+            raise ValueError(
+                f"{field}={value!r} of config.json is not implemented for model_type={family!r}: "
+                "if it changes nothing that the model computes, take it out of config.json"
             )
 
 
@@ -238,25 +279,43 @@ def _windows(raw: Mapping[str, Any], family: str, layers: int) -> tuple[int | No
 
 def _ropes(raw: Mapping[str, Any], family: str) -> tuple[Rope, Rope]:
     """(rope of full layers, rope of sliding layers), from either generation of the field names."""
-    theta = raw.get("rope_theta", DEFAULT_THETA[family])
-    positions = raw.get("max_position_embeddings", 2048)
-    if raw.get("original_max_position_embeddings") is not None:
+    theta = DEFAULT_THETA[family] if raw.get("rope_theta") is None else raw["rope_theta"]
+    positions = raw.get("max_position_embeddings", DEFAULT_POSITIONS[family])
+    scaling, new = raw.get("rope_scaling") or {}, raw.get("rope_parameters") or {}
+    if family == "olmo3":
+        return _olmo3_ropes(scaling, new, theta, positions)
+    if FULL in new or SLIDING in new:
         raise ValueError(
-            "original_max_position_embeddings at the top of config.json is not implemented: "
-            "it belongs inside rope_parameters"
+            "rope_parameters of config.json is nested by layer type: not implemented for "
+            f"model_type={family!r}, whose layers share one rope"
         )
-    scaling, nested = raw.get("rope_scaling"), raw.get("rope_parameters")
-    if nested is not None and (FULL in nested or SLIDING in nested):
-        ropes = [Rope.from_hf(nested.get(kind) or {}, theta, positions) for kind in (FULL, SLIDING)]
-        return ropes[0], ropes[1]
-    if family == "olmo3" and nested and set(nested) - {"rope_theta"}:
+    rope = Rope.from_hf(scaling or new, theta, positions)
+    return rope, rope
+
+
+def _olmo3_ropes(
+    scaling: Mapping[str, Any], new: Mapping[str, Any], theta: float, positions: int
+) -> tuple[Rope, Rope]:
+    """Full layers are stretched by rope_scaling, sliding ones, which never look far, are not."""
+    if set(new) - {FULL, SLIDING}:
         raise ValueError(
             "rope_parameters of config.json is not nested by layer type: model_type='olmo3' "
             f"needs an entry {FULL!r} and an entry {SLIDING!r}"
         )
-    rope = Rope.from_hf(scaling or nested or {}, theta, positions)
-    # An old OLMo-3 config stretches its full layers only: the sliding ones never look far.
-    return rope, Rope(theta=rope.theta) if family == "olmo3" and scaling else rope
+    if "type" in scaling and "rope_type" not in scaling:
+        raise ValueError(
+            f"type={scaling['type']!r} in rope_scaling of config.json: transformers 5 does not "
+            "read it for model_type='olmo3', earlier ones do; call it rope_type"
+        )
+    full, sliding = {**(new.get(FULL) or {}), **scaling}, new.get(SLIDING) or {}
+    # transformers 4 turned sliding layers by the one rope_theta too, 5 turns them by the default.
+    if theta != DEFAULT_THETA["olmo3"] and sliding.get("rope_theta") is None:
+        raise ValueError(
+            f"rope_theta={theta!r} of config.json does not say whether it is meant for sliding "
+            "layers too (transformers 4 and 5 differ): write it into rope_parameters, into an "
+            f"entry {FULL!r} and an entry {SLIDING!r}"
+        )
+    return Rope.from_hf(full, theta, positions), Rope.from_hf(sliding, theta, positions)
 
 
 def _hf_windows(cfg: ModelConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Hugging Face folders in and out: sharded import tensor by tensor, and atomic export.
 
-Each process reads only the rows that its devices own; the host holds the largest stacked leaf's
-shard besides what the devices keep. PyTorch is never needed.
+Each process reads only the slices that its devices own, each once; the host holds its shards of the
+largest stacked leaf besides what the devices keep. PyTorch is never needed.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
 import json
 import math
@@ -27,6 +27,7 @@ from sdjax.data import hub
 from sdjax.models import lora as lora_lib
 from sdjax.models.config import ModelConfig
 from sdjax.models.decoder import is_spec, param_shardings, param_specs
+from sdjax.models.leaf import Leaf, bounds_of, read_shards
 from sdjax.models.safetensors_io import SafetensorsFile, Scratch, write
 from sdjax.parallel import single_device_mesh
 from sdjax.types import Params
@@ -38,8 +39,6 @@ DTYPES = {
 }
 SHARD_BYTES = 4 * 2**30  # of one safetensors file, so that a file can be copied and retried
 READERS = max(2, min(8, os.cpu_count() or 1))  # threads; they also hide a bucket's latency
-ROWS = 4096  # of an embedding read at a time
-ALIGNMENT = 64  # bytes
 INDEX = "model.safetensors.index.json"
 # leaf -> (name within "model.layers.{i}.", how many of its axes, after L, the product sums over)
 LAYER_NAMES = {
@@ -75,41 +74,6 @@ TOP_NAMES = {
 DERIVED = ("rotary_emb.inv_freq",)  # tables that old checkpoints store and nobody needs
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """One leaf of the parameter pytree and the tensors it is made of.
-
-    `names` has one tensor name per layer, or a single one for a leaf without an L axis. A matrix is
-    stored [outputs, inputs] and used [inputs..., outputs...]: `n_inputs` counts our leading axes
-    that are its inputs, 0 for what is stored as it is used.
-    """
-
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    names: tuple[str, ...]
-    n_inputs: int
-    stacked: bool
-
-    @property
-    def layer_shape(self) -> tuple[int, ...]:
-        """Our shape of one tensor."""
-        return self.shape[1:] if self.stacked else self.shape
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        """The shape of one tensor in the file."""
-        inputs, outputs = self.layer_shape[: self.n_inputs], self.layer_shape[self.n_inputs :]
-        if self.n_inputs:
-            return (math.prod(outputs), math.prod(inputs))
-        return (math.prod(self.layer_shape),) if self.stacked else self.shape
-
-    def to_stored(self, x: np.ndarray) -> np.ndarray:
-        """Our tensor of one layer in the file's layout."""
-        k = self.n_inputs
-        axes = (*range(k, x.ndim), *range(k))
-        return x.transpose(axes).reshape(self.stored_shape)
-
-
 def leaves(cfg: ModelConfig) -> list[Leaf]:
     """Every leaf of the parameter pytree of `cfg` with its tensor names."""
     layer_names = LAYER_NAMES | {k: (v, 0) for k, v in NORM_NAMES[cfg.post_norm].items()}
@@ -142,7 +106,7 @@ def load(path: str, mesh: Mesh | None = None, dtype: Any = None) -> tuple[ModelC
     """
     folder = hub.resolve(path)
     cfg = load_config(path)
-    dtype = np.dtype(np.float32 if dtype is None else dtype)
+    dtype = _parameter_dtype(dtype)
     shardings = param_shardings(cfg, single_device_mesh() if mesh is None else mesh)
     files = _open_files(folder)
     wanted = leaves(cfg)
@@ -152,19 +116,28 @@ def load(path: str, mesh: Mesh | None = None, dtype: Any = None) -> tuple[ModelC
     with ThreadPoolExecutor(READERS) as pool:
         for leaf in wanted:
             place = functools.reduce(lambda node, key: node[key], leaf.path, shardings)
-            cache: dict[tuple, np.ndarray] = {}  # replicas of a shard are read once
-
-            def shard(index, leaf=leaf, cache=cache):
-                bounds = tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape, strict=True))
-                if bounds not in cache:
-                    cache[bounds] = _read_shard(leaf, bounds, files, dtype, pool, scratch)
-                return cache[bounds]
-
+            bounds = functools.partial(bounds_of, leaf.shape)
+            owned = map(bounds, place.addressable_devices_indices_map(leaf.shape).values())
+            shards = read_shards(leaf, owned, files, dtype, pool, scratch)
             parent = params
             for key in leaf.path[:-1]:
                 parent = parent.setdefault(key, {})
-            parent[leaf.path[-1]] = jax.make_array_from_callback(leaf.shape, place, shard)
+            parent[leaf.path[-1]] = jax.make_array_from_callback(
+                leaf.shape, place, lambda index, shards=shards, bounds=bounds: shards[bounds(index)]
+            )
     return cfg, params
+
+
+def _parameter_dtype(dtype: Any) -> np.dtype:
+    """One of DTYPES from its name or type; weights in a whole-number dtype would all be 0."""
+    wanted = np.float32 if dtype is None else dtype
+    try:
+        wanted = np.dtype(wanted)
+    except TypeError:
+        pass  # an unknown name: refused below
+    if wanted not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} of the parameters: choose one of {', '.join(DTYPES)}")
+    return wanted
 
 
 def _open_files(folder: str) -> dict[str, SafetensorsFile]:
@@ -210,65 +183,6 @@ def _check_names(cfg: ModelConfig, wanted, files: Mapping[str, SafetensorsFile],
         )
 
 
-def _read_shard(
-    leaf: Leaf,
-    bounds,
-    files: Mapping[str, SafetensorsFile],
-    dtype: np.dtype,
-    pool: ThreadPoolExecutor,
-    scratch: Scratch,
-) -> np.ndarray:
-    """The part `bounds` ((start, stop) per axis) of a leaf, in our layout, in parallel."""
-    out = _aligned_empty([stop - start for start, stop in bounds], dtype)
-    (first, last), rest = bounds[0], bounds[1:]
-
-    def read_layer(i: int) -> None:
-        name = leaf.names[i]
-        _read_part(out[i - first], leaf, name, rest, files[name], scratch)
-
-    def read_rows(start: int) -> None:
-        name, stop = leaf.names[0], min(start + ROWS, last)
-        part = out[start - first : stop - first]
-        _read_part(part, leaf, name, ((start, stop), *rest), files[name], scratch)
-
-    jobs = (
-        (read_layer, range(first, last)) if leaf.stacked else (read_rows, range(first, last, ROWS))
-    )
-    for _ in pool.map(*jobs):  # iterated, so that errors surface
-        pass
-    return out
-
-
-def _aligned_empty(shape, dtype: np.dtype) -> np.ndarray:
-    """Memory that jax on the CPU takes over as it is instead of copying it."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return raw[start : start + nbytes].view(dtype).reshape(shape)
-
-
-def _read_part(
-    out: np.ndarray, leaf: Leaf, name: str, bounds, file: SafetensorsFile, scratch: Scratch
-) -> None:
-    """Fills `out` with a part of one tensor: reads rows, cuts the other axes and reorders them."""
-    k = leaf.n_inputs
-    inputs, outputs = leaf.layer_shape[:k], leaf.layer_shape[k:]
-    stored_axes = outputs + inputs
-    (start, stop), *others = (*bounds[k:], *bounds[:k])
-    columns = math.prod(leaf.stored_shape[1:])
-    per_row = math.prod(stored_axes[1:]) // columns  # stored rows per entry of our first axis
-    dtype = file.dtype(name)
-    if not k and dtype == out.dtype and out.shape == (stop - start, *stored_axes[1:]):
-        file.read_rows(name, start * per_row, out.reshape(-1, columns))  # stored as used
-        return
-    rows = scratch.take((stop - start) * per_row, columns, dtype)
-    file.read_rows(name, start * per_row, rows)
-    x = rows.reshape(stop - start, *stored_axes[1:])
-    x = x[(slice(None), *(slice(a, b) for a, b in others))]
-    n_out = len(outputs)
-    out[...] = x.transpose((*range(n_out, x.ndim), *range(n_out)))
-
-
 def save(
     path: str,
     cfg: ModelConfig,
@@ -287,19 +201,36 @@ def save(
         raise ValueError(f"dtype={dtype!r} of the export: choose one of {', '.join(DTYPES)}")
     params = lora_lib.merge(params, cfg)
     writer = jax.process_index() == 0
+    with finished_folder(path, writer) as folder:
+        _save_weights(folder, cfg, params, DTYPES[dtype], shard_bytes, writer)
+        if writer:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            write_json(folder / "generation_config.json", _generation(cfg, generation_config))
+            write_json(folder / "config.json", cfg.to_hf(dtype))
+
+
+@contextlib.contextmanager
+def finished_folder(path: str, writer: bool) -> Iterator[pathlib.Path]:
+    """A folder to write into that becomes `path` at the end, and is removed on an error.
+
+    Of several processes only the `writer` may touch it. An older folder at `path` is replaced.
+    """
     remote = hub.is_remote(path)
+    if remote:
+        hub.check_bucket(path)  # before the work, not after it
     target = pathlib.Path("sdjax_export" if remote else path)
     folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    if writer:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    _save_weights(folder, cfg, params, DTYPES[dtype], shard_bytes, writer)
-    if writer:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        _write_json(folder / "generation_config.json", _generation(cfg, generation_config))
-        _write_json(folder / "config.json", cfg.to_hf(dtype))
+    if not writer:
+        yield folder
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    try:
+        yield folder
         _upload(folder, path) if remote else _replace(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _save_weights(folder, cfg, params, dtype: np.dtype, shard_bytes: int, writer: bool) -> None:
@@ -328,7 +259,7 @@ def _save_weights(folder, cfg, params, dtype: np.dtype, shard_bytes: int, writer
                 pass
     if writer and len(groups) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
+        write_json(folder / INDEX, index)
 
 
 def _in_file_order(cfg: ModelConfig) -> Iterator[tuple[Leaf, int, str]]:
@@ -366,7 +297,8 @@ def _generation(cfg: ModelConfig, given: Mapping[str, Any] | None) -> dict[str, 
     return own | dict(given or {})
 
 
-def _write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON as people like to read it."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
@@ -380,11 +312,19 @@ def _replace(folder: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def _upload(folder: pathlib.Path, url: str) -> None:
-    """Copies a folder into a bucket, config.json last: without it nobody opens the rest."""
+    """Copies a folder into a bucket, its config last: without it nobody opens the rest.
+
+    The configs and weights of an older export go first: its index would be read with new weights.
+    """
     import fsspec
 
     fs, root = fsspec.core.url_to_fs(url)
-    fs.makedirs(root, exist_ok=True)
-    for file in sorted(folder.iterdir(), key=lambda f: f.name == "config.json"):
-        fs.put_file(str(file), f"{root}/{file.name}")
-    shutil.rmtree(folder)
+    old = [file for file in fs.ls(root, detail=False) if fs.isfile(file)] if fs.exists(root) else []
+    for file in sorted(old, key=lambda f: not f.endswith("config.json")):
+        if file.endswith(("config.json", ".safetensors", INDEX)):
+            fs.rm_file(file)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda f: f.name == "config.json"):
+        name = f"{root}/{file.relative_to(folder).as_posix()}"
+        fs.makedirs(name.rsplit("/", 1)[0], exist_ok=True)
+        fs.put_file(str(file), name)

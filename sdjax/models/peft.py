@@ -5,16 +5,12 @@ A few MB instead of the whole model; `peft.PeftModel.from_pretrained(base, folde
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
-import shutil
+from typing import Any
 
 import jax
-import numpy as np
 
 from sdjax.models.config import ModelConfig
-from sdjax.models.hf import DTYPES, LAYER_NAMES, fetch
+from sdjax.models.hf import DTYPES, LAYER_NAMES, fetch, finished_folder, write_json
 from sdjax.models.safetensors_io import write
 from sdjax.types import Params
 
@@ -24,11 +20,14 @@ def save_adapters(
 ) -> None:
     """Writes the adapters of `params` as a folder, atomically; all processes must call it.
 
-    `base_model` is the path or hub name of the model they belong to. ValueError without adapters.
+    `path` may be a bucket URL. `base_model` is the path or hub name of the model they belong to.
+    ValueError without adapters.
     """
     adapters = params["layers"].get("lora")
     if adapters is None:
         raise ValueError("there are no adapters to save: model.lora.rank is 0; export the model")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} of the adapters: choose one of {', '.join(DTYPES)}")
     tensors = {}
     for name, adapter in adapters.items():
         a, b = fetch(adapter["a"]), fetch(adapter["b"])
@@ -38,18 +37,17 @@ def save_adapters(
             prefix = f"base_model.model.model.layers.{i}.{module}"
             tensors[f"{prefix}.lora_A.weight"] = a[i].reshape(-1, rank).T
             tensors[f"{prefix}.lora_B.weight"] = b[i].reshape(rank, -1).T
-    if jax.process_index() == 0:
-        _write(pathlib.Path(path), cfg, tensors, base_model, DTYPES[dtype])
+    writer = jax.process_index() == 0
+    with finished_folder(path, writer) as folder:
+        if writer:
+            shapes = {name: (x.shape, DTYPES[dtype]) for name, x in tensors.items()}
+            with open(folder / "adapter_model.safetensors", "wb") as file:
+                write(file, shapes, (x.astype(DTYPES[dtype]) for x in tensors.values()))
+            write_json(folder / "adapter_config.json", _config(cfg, base_model))
 
 
-def _write(target: pathlib.Path, cfg: ModelConfig, tensors, base_model: str, dtype: np.dtype):
-    folder = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    with open(folder / "adapter_model.safetensors", "wb") as file:
-        shapes = {name: (x.shape, dtype) for name, x in tensors.items()}
-        write(file, shapes, (x.astype(dtype) for x in tensors.values()))
-    config = {
+def _config(cfg: ModelConfig, base_model: str) -> dict[str, Any]:
+    return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -60,6 +58,3 @@ def _write(target: pathlib.Path, cfg: ModelConfig, tensors, base_model: str, dty
         "bias": "none",
         "inference_mode": True,
     }
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    shutil.rmtree(target, ignore_errors=True)
-    folder.rename(target)

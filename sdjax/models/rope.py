@@ -31,6 +31,11 @@ KEYS = {
         "truncate",
     ),
 }
+NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +81,11 @@ class Rope:
         theta = float(theta if raw.get("rope_theta") is None else raw["rope_theta"])
         if kind == "default":
             return cls(theta=theta)
-        if raw.get("factor") is None:
-            raise ValueError(f"the rope parameters of config.json lack factor (rope_type={kind!r})")
+        missing = [key for key in NEEDED[kind] if raw.get(key) is None]
+        if missing:
+            raise ValueError(
+                f"the rope parameters of config.json lack {missing[0]} (rope_type={kind!r})"
+            )
         factor = float(raw["factor"])
         if kind == "linear":
             return cls(kind="linear", theta=theta, factor=factor)

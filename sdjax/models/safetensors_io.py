@@ -82,17 +82,25 @@ class SafetensorsFile:
             )
         return DTYPES[stored]
 
-    def read_rows(self, name: str, start: int, out: np.ndarray) -> None:
-        """Fills `out` [rows, columns] with a tensor's rows from `start` on.
+    def read_rows(self, name: str, start: int, out: np.ndarray, column: int = 0) -> None:
+        """Fills `out` [rows, columns] with a tensor's rows from `start` on, from `column` on.
 
-        `out` has the dtype that is stored, and its rows are contiguous, but may lie apart.
+        `out` has the dtype that is stored, and its rows are contiguous, but may lie apart. Of a
+        bucket whole rows are fetched, since a request for each would take longer.
         """
-        shape = self.shapes[name]
-        begin = self._start + self._header[name]["data_offsets"][0]
-        row_bytes = math.prod(shape[1:]) * out.dtype.itemsize
-        data = out.reshape(-1) if out.flags.c_contiguous else out
-        buffers = data.view(np.uint8)
-        self._read(begin + start * row_bytes, [buffers] if buffers.ndim == 1 else list(buffers))
+        row_bytes = math.prod(self.shapes[name][1:]) * out.dtype.itemsize
+        begin = self._start + self._header[name]["data_offsets"][0] + start * row_bytes
+        skip, width = column * out.dtype.itemsize, out.shape[1] * out.dtype.itemsize
+        if width == row_bytes:
+            data = (out.reshape(-1) if out.flags.c_contiguous else out).view(np.uint8)
+            self._read(begin, [data] if data.ndim == 1 else list(data))
+        elif is_remote(self.path):
+            whole = np.empty((len(out), row_bytes), np.uint8)
+            self._read(begin, [whole.reshape(-1)])
+            out.view(np.uint8)[...] = whole[:, skip : skip + width]
+        else:
+            for i, row in enumerate(out.view(np.uint8)):
+                self._read(begin + i * row_bytes + skip, [row])
 
 
 def _range_reader(path: str) -> Callable[[int, list[np.ndarray]], None]:

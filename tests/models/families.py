@@ -93,7 +93,15 @@ CASES = {
         sliding_window=5,
         max_window_layers=2,
     ),
-    "olmo3": _case("olmo3", num_hidden_layers=4, sliding_window=5, rope_theta=5e5),
+    "olmo3": _case(
+        "olmo3",
+        num_hidden_layers=4,
+        sliding_window=5,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+        },
+    ),
     "olmo3-yarn-gqa1": _case(
         "olmo3",
         num_hidden_layers=4,

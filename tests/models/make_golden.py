@@ -3,7 +3,7 @@
     python tests/models/make_golden.py [SMOLLM2_DIR]        # from the repository's root
 
 The numbers are ours to make again: weights are seeded by name (families.py); torch 2.13.0 and
-transformers 5.23.0 made the stored ones.
+transformers 5.24.0 made the stored ones (SmolLM2's: 5.23.0).
 """
 
 import pathlib

@@ -55,6 +55,22 @@ def test_scanned_equals_unrolled(windows):
     np.testing.assert_allclose(scanned[1], jnp.stack(unrolled[1]), rtol=1e-4)
 
 
+@pytest.mark.parametrize("windows", [(None,), (4, 4, 4, None)])
+def test_the_program_does_not_grow_with_depth(windows):
+    """32 layers are compiled as 4 are: one scan over the stack, whatever the pattern of windows."""
+
+    def program(layers):
+        cfg = dataclasses.replace(CFG, n_layers=layers, windows=windows * (layers // len(windows)))
+        params = jax.tree.map(
+            lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32),
+            decoder.param_specs(cfg),
+            is_leaf=decoder.is_spec,
+        )
+        return hidden_states.lower(params, *rows(), cfg).as_text()
+
+    assert program(32).count("\n") == program(4 if windows == (None,) else 8).count("\n")
+
+
 def test_packed_sequences_do_not_see_each_other():
     """Two sequences in one row give the hidden states that each gives alone."""
     params, (tokens, segments, positions) = families.random_params(CFG), rows(B=1)

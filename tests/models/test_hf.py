@@ -1,8 +1,15 @@
 """Checkpoints in and out: sharded reads, names of what is wrong, buckets, atomic exports."""
 
+import collections
+import functools
 import json
+import math
 import os
 import pathlib
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import families
 import fsspec
@@ -10,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import constants
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file, save_file
 
 import sdjax.models
 from sdjax.data import hub
 from sdjax.models import hf
-from sdjax.models.safetensors_io import SafetensorsFile
+from sdjax.models.leaf import bounds_of, read_shards
+from sdjax.models.safetensors_io import SafetensorsFile, Scratch
 from sdjax.parallel import make_mesh
 
 NAME = "llama-llama3-gqa7"
@@ -29,31 +38,97 @@ def folder(tmp_path):
     return tmp_path / "model"
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    families.write_checkpoint(folder, CASE | {"hidden_size": 48})
+    return sdjax.models.from_pretrained(folder)
+
+
 def assert_same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), a, b)
 
 
-def test_sharded_load_reads_each_shard_once(folder, monkeypatch):
-    """The same values as on one device, and no process reads the rows that others own."""
-    cfg, whole = hf.load(folder)
-    read = []
-    read_rows = SafetensorsFile.read_rows
+@pytest.fixture
+def bucket():
+    """An empty bucket: fsspec's in-memory file system stands for gs://."""
+    yield "memory://bucket/model"
+    if fsspec.filesystem("memory").exists("/bucket"):
+        fsspec.filesystem("memory").rm("/bucket", recursive=True)
 
-    def counted(self, name, start, out):
-        read_rows(self, name, start, out)
-        read.append((name, out.nbytes))
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """Counts what is read of each tensor: name -> list of bytes."""
+    read = collections.defaultdict(list)
+    real = SafetensorsFile.read_rows
+
+    def counted(self, name, start, out, column=0):
+        real(self, name, start, out, column)
+        read[name].append(out.nbytes)
 
     monkeypatch.setattr(SafetensorsFile, "read_rows", counted)
-    mesh = make_mesh(tensor=2, devices=jax.devices()[:2])
-    _, split = hf.load(folder, mesh)
+    return read
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tensor": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 8}]
+)
+def test_sharded_load_reads_everything_once(folder, bytes_read, sizes):
+    """The same values as on one device, and devices that need the same rows share a reading."""
+    _, whole = hf.load(folder)
+    stored = {name: x.nbytes for name, x in load_file(folder / "model.safetensors").items()}
+    bytes_read.clear()
+    _, split = hf.load(
+        folder, make_mesh(**sizes, devices=jax.devices()[: math.prod(sizes.values())])
+    )
     assert_same(whole, split)
     assert split["layers"]["w_q"].sharding.spec == P(None, "fsdp", "tensor", None)
-    w_q = [n for name, n in read if name == "model.layers.0.self_attn.q_proj.weight"]
-    assert len(w_q) == 2 and sum(w_q) == whole["layers"]["w_q"][0].nbytes
+    assert {name: sum(parts) for name, parts in bytes_read.items()} == stored
 
-    read.clear()
-    hf.load(folder, make_mesh(data=8))
-    assert len([1 for name, _ in read if name == "model.norm.weight"]) == 1
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+@pytest.mark.parametrize("where", ["folder", "bucket"])
+def test_a_process_reads_only_its_slices(folder, bucket, bytes_read, where, axis):
+    """Rows or columns: the second of two devices' part of every matrix is half of it."""
+    cfg, whole = hf.load(folder)
+    source = str(folder)
+    if where == "bucket":
+        hf.save(bucket, cfg, whole, dtype="float32")
+        source = bucket
+    mesh = make_mesh(**{axis: 2}, devices=jax.devices()[:2])
+    _, split = hf.load(folder, mesh)
+    files, halves = hf._open_files(source), 0
+    bytes_read.clear()
+    for leaf in hf.leaves(cfg):
+        value = functools.reduce(lambda node, key: node[key], leaf.path, split)
+        mine = value.addressable_shards[1]
+        bounds = bounds_of(leaf.shape, mine.index)
+        with ThreadPoolExecutor(2) as pool:
+            parts = read_shards(leaf, [bounds], files, np.dtype(np.float32), pool, Scratch())
+        np.testing.assert_array_equal(parts[bounds], np.asarray(mine.data))
+        assert sum(sum(bytes_read[name]) for name in leaf.names) == mine.data.nbytes
+        halves += mine.data.nbytes * 2 == value.nbytes
+    assert halves >= 9  # all matrices, and the embedding and the head
+
+
+def test_loading_takes_little_more_than_the_parameters(tmp_path):
+    """Resident memory: what the process keeps, and buffers of the largest tensor's size."""
+    raw = CASE | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+    tensors = families.write_checkpoint(tmp_path, raw | {"vocab_size": 8192, "head_dim": 64})
+    sizes = [x.nbytes for x in tensors.values()]
+    code = (
+        "import re, sys, jax, sdjax.models.hf as hf\n"
+        "jax.devices()\n"
+        "text = lambda: open('/proc/self/status').read()\n"
+        "status = lambda key: int(re.search(key + r':\\s*(\\d+)', text()).group(1))\n"
+        "before = status('VmRSS')\n"
+        "_, params = hf.load(sys.argv[1])\n"
+        "print((status('VmHWM') - before) * 1024)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    grown = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert sum(sizes) > 100e6 and sum(sizes) / 2 < grown < sum(sizes) + 2 * max(sizes)
 
 
 def test_rows_that_lie_apart_and_short_reads(tmp_path, monkeypatch):
@@ -136,6 +211,8 @@ def test_export_rounds_once_and_replaces_an_older_one(folder, tmp_path):
     model = sdjax.models.from_pretrained(tmp_path / "out", dtype=jnp.bfloat16)
     assert_same(model.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     assert model.generation["eos_token_id"] == [2, 9]
+    (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": null}')
+    assert sdjax.models.from_pretrained(tmp_path / "out").generation["eos_token_id"] == [2]
 
 
 def test_a_failed_export_leaves_the_older_one(folder, tmp_path):
@@ -147,16 +224,60 @@ def test_a_failed_export_leaves_the_older_one(folder, tmp_path):
     with pytest.raises(ValueError):
         hf.save(tmp_path / "out", cfg, broken)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "out"]
 
 
-def test_buckets_are_read_and_written(folder):
-    """Any fsspec URL: here its in-memory file system stands for gs://."""
-    url = "memory://bucket/model"
+def test_buckets_are_read_and_written(folder, bucket):
+    """Split over a mesh, too: of a bucket whole rows are fetched and cut here."""
     cfg, params = hf.load(folder)
-    hf.save(url, cfg, params, dtype="float32")
+    hf.save(bucket, cfg, params, dtype="float32")
     assert fsspec.filesystem("memory").exists("/bucket/model/config.json")
-    _, again = hf.load(url)
-    assert_same(params, again)
+    assert_same(params, hf.load(bucket)[1])
+    assert_same(params, hf.load(bucket, make_mesh(fsdp=4, tensor=2))[1])
+
+
+def test_a_newer_export_in_a_bucket_replaces_the_older_one(folder, bucket):
+    """An index left behind would be read beside the new weights; other files are not touched."""
+    cfg, params = hf.load(folder)
+    hf.save(bucket, cfg, params, dtype="float32", shard_bytes=20_000)
+    fsspec.filesystem("memory").pipe("/bucket/model/notes.txt", b"kept")
+    doubled = jax.tree.map(lambda x: x * 2, params)
+    hf.save(bucket, cfg, doubled, dtype="float32")
+    assert_same(doubled, hf.load(bucket)[1])
+    names = [f.split("/")[-1] for f in fsspec.filesystem("memory").find("/bucket/model")]
+    assert sorted(names) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "notes.txt",
+    ]
+
+
+def test_a_bucket_that_cannot_be_spoken_to_is_named(folder):
+    """Before the work, and with the package that is missing."""
+    cfg, params = hf.load(folder)
+    with pytest.raises(ValueError, match="nosuch:// does not work here .*gcsfs for gs://"):
+        hf.load("nosuch://bucket/model")
+    with pytest.raises(ValueError, match="nosuch:// does not work here"):
+        hf.save("nosuch://bucket/model", cfg, params)
+
+
+def test_hub_names_are_found_in_the_cache(folder, tmp_path, monkeypatch):
+    """With HF_HUB_OFFLINE (set for all tests) a cached model opens without the network."""
+    cache = tmp_path / "cache" / "models--somebody--small"
+    (cache / "refs").mkdir(parents=True)
+    (cache / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(folder, cache / "snapshots" / ("0" * 40))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert constants.HF_HUB_OFFLINE
+    assert_same(hf.load(folder)[1], hf.load("somebody/small")[1])
+
+
+@pytest.mark.parametrize("dtype", ["int8", jnp.int32, "float64", "half a float"])
+def test_parameters_are_floats(folder, dtype):
+    """As whole numbers all weights would silently be 0."""
+    with pytest.raises(ValueError, match="choose one of float32, bfloat16, float16"):
+        sdjax.models.from_pretrained(folder, dtype=dtype)
 
 
 def test_paths_that_lead_nowhere_are_explained(tmp_path, monkeypatch):
@@ -171,19 +292,36 @@ def test_paths_that_lead_nowhere_are_explained(tmp_path, monkeypatch):
 
 
 def test_logits_on_a_mesh_and_with_segments(folder):
-    """The two-line API: default segments and positions, packed rows, any mesh."""
+    """The two-line API: default segments and positions, packed rows, any mesh and batch."""
     model = sdjax.models.from_pretrained(folder)
     tokens = np.arange(3, 27).reshape(2, 12)
     logits = model.logits(tokens)
     assert logits.shape == (2, 12, CASE["vocab_size"]) and logits.dtype == jnp.float32
-    split = sdjax.models.from_pretrained(folder, make_mesh(data=2, fsdp=2, tensor=2))
-    rows = np.concatenate([tokens, tokens])
-    np.testing.assert_allclose(np.asarray(split.logits(rows))[:2], logits, atol=1e-4)
+    for sizes in ({"data": 2, "fsdp": 2, "tensor": 2}, {"data": 4, "context": 2}):
+        split = sdjax.models.from_pretrained(folder, make_mesh(**sizes)).logits(tokens)
+        np.testing.assert_allclose(split, logits, atol=1e-4)
 
     segments = np.array([[1] * 5 + [2] * 7] * 2)
     packed = model.logits(tokens, segments)
     np.testing.assert_allclose(packed[:, :5], logits[:, :5], atol=1e-4)
     np.testing.assert_allclose(packed[:, 5:], model.logits(tokens[:, 5:]), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (([1, 2, 3],), r"int32\[3\], should be whole numbers"),
+        (([[1.0, 2.0]],), "should be whole numbers"),
+        (([[1, 96]],), "between 1 and 96, but the vocabulary has 96"),
+        (([[1, -1]],), "between -1 and 1"),
+        (([[1, 2]], [[1, 1, 1]]), r"segment_ids are \[1, 3\], tokens \[1, 2\]"),
+        (([[1, 2]], None, [0, 1]), r"positions are \[2\]"),
+    ],
+)
+def test_what_is_no_batch_of_tokens_is_refused(model, arguments, named):
+    """Lookups would clamp a token that is not in the vocabulary and go on."""
+    with pytest.raises(ValueError, match=named):
+        model.logits(*arguments)
 
 
 def test_the_lines_for_notebooks_run():

@@ -117,10 +117,12 @@ def test_peft_files_hold_the_same_product(tmp_path):
     config = json.loads((tmp_path / "adapters" / "adapter_config.json").read_text())
     scale = config["lora_alpha"] / config["r"]
     assert len(adapters) == 2 * 7 * PLAIN.n_layers
+    assert {name.split(".")[-3] for name in adapters} == set(config["target_modules"])
     for name in adapters:
         if "lora_A" in name:
             weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
             product = adapters[name.replace("lora_A", "lora_B")] @ adapters[name]
             np.testing.assert_allclose(base[weight] + scale * product, merged[weight], atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["adapters", "base", "merged"]
     with pytest.raises(ValueError, match="model.lora.rank is 0"):
         peft.save_adapters(tmp_path / "none", PLAIN, lora.split(params)[1], "base")

@@ -4,7 +4,10 @@ The logits went red when the q/k norm was dropped or taken over the wrong axes, 
 swapped, the window ignored or off by one, query heads regrouped, biases or YaRN's factor dropped.
 """
 
+import dataclasses
+
 import families
+import jax
 import numpy as np
 import pytest
 
@@ -86,6 +89,31 @@ def test_greedy_continuation_matches(tmp_path, name):
     logits = np.asarray(sdjax.models.from_pretrained(tmp_path).logits(out[:, :-1]))
     assert out.shape == (1, 76)
     np.testing.assert_array_equal(logits[0, 11:].argmax(-1), out[0, 12:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_exported_folder_needs_nothing_of_ours(tmp_path, dtype):
+    """Auto classes find model, tokenizer, template and end tokens; logits are those of the dtype.
+
+    Several files with an index, as a large model is written.
+    """
+    model = sdjax.models.from_pretrained("tiny")
+    ends = {"eos_token_id": [*model.cfg.eos_token_ids, 7], "temperature": 0.6, "do_sample": True}
+    hf.save(
+        tmp_path / "out", model.cfg, model.params, model.tokenizer, ends, dtype, shard_bytes=300_000
+    )
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert opened.dtype == getattr(torch, dtype)
+    assert opened.generation_config.eos_token_id == ends["eos_token_id"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = chat.encode_prompt(tokenizer, "What is 3 + 4?")
+    np.testing.assert_array_equal(prompt, chat.encode_prompt(model.tokenizer, "What is 3 + 4?"))
+
+    theirs = torch_logits(opened.float().eval(), prompt[None], np.ones((1, len(prompt))))
+    rounded = jax.tree.map(lambda x: x.astype(dtype).astype("float32"), model.params)
+    ours = dataclasses.replace(model, params=rounded).logits(prompt[None])
+    assert np.abs(ours - theirs).max() < TOLERANCE
 
 
 def test_smollm2_matches_transformers(smollm2_dir):
