@@ -66,7 +66,7 @@ start() {
   need_type
   need_workload
   ((${#args[@]})) || die 'no arguments for sdjax: give them after --, for example -- --config=configs/sdpo_qwen.py'
-  printf '%s\n' "${args[@]}" | grep -q '^--workdir=gs://' ||
+  has --workdir=gs:// "${args[@]}" ||
     die '--workdir=gs://BUCKET/RUN is missing after --: containers keep nothing'
   run xpk workload create "${where[@]}" --workload "$workload" --tpu-type "$tpu_type" \
     --num-slices "$slices" --max-restarts "$restarts" --base-docker-image "$image" \

@@ -3,7 +3,7 @@
 #
 #   host.sh start [--dry-run] -- --config=... --workdir=...    in the background, survives the ssh
 #   host.sh stop                                               SIGTERM: saves, then ends
-#   host.sh status                                             running | ended CODE | not started
+#   host.sh status                                running | ended CODE | stopped | not started
 #   host.sh logs                                               follow the log
 #
 # Keeps pid, exit code and log in SDJAX_RUN_DIR (default ~/sdjax-run); uses the Python of SDJAX_ENV
@@ -29,7 +29,7 @@ start() {
   fi
   [[ -x $python ]] || die "$python is missing: run launch/bootstrap.sh on this host first"
   mkdir -p "$run_dir"
-  rm -f "$run_dir/exit" "$run_dir/pid"
+  rm -f "$run_dir/exit" "$run_dir/pid" "$run_dir/stopped"
   setsid nohup "${BASH_SOURCE[0]}" _supervise "$@" >>"$run_dir/log" 2>&1 </dev/null &
   for _ in {1..50}; do # so that a stop that follows at once finds the pid
     [[ -f $run_dir/pid || -f $run_dir/exit ]] && break
@@ -49,11 +49,17 @@ _supervise() { # in its own session: the process, and its exit code in a file
   echo "$code" >"$run_dir/exit"
 }
 
-stop() { ! alive || kill -TERM "$(<"$run_dir/pid")"; }
+stop() { # leaves a mark: a run that was asked to end is not to be started again
+  alive || return 0
+  touch "$run_dir/stopped"
+  kill -TERM "$(<"$run_dir/pid")"
+}
 
 status() {
   if alive; then
     echo running
+  elif [[ -f $run_dir/exit && -f $run_dir/stopped ]]; then
+    echo stopped
   elif [[ -f $run_dir/exit ]]; then
     echo "ended $(<"$run_dir/exit")"
   else

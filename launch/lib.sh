@@ -37,6 +37,14 @@ take() { # VARIABLE FLAG VALUE...: stores a flag's value, which must not be anot
   target=$3
 }
 
+has() { # PREFIX ARGUMENT...: whether one of the arguments begins so
+  local argument
+  for argument in "${@:2}"; do
+    [[ $argument != "$1"* ]] || return 0
+  done
+  return 1
+}
+
 quote() { # arguments as one string that a shell reads back the same
   local text
   printf -v text '%q ' "$@"

@@ -8,7 +8,7 @@
 #   --python         interpreter (default: python3 on PATH)
 #
 # Lines of process i begin with [i]. Ctrl-C and SIGTERM reach all of them; the exit code is the first
-# failure, which 75 ("another process died") only is when nothing worse was seen.
+# failure, which 75 ("the same command goes on") only is when nothing worse was seen.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh

@@ -2,18 +2,19 @@
 # Submits a run to SLURM: one process per GPU node (or per GPU), started again after a requeue.
 #
 #   slurm.sh run    --nodes 4 --gpus 8 [--per-gpu] [--partition P] [--account A] [--time 24:00:00]
-#                   [--name sdjax] [--env ~/sdjax-env] -- --config=... --workdir=/shared/run
+#                   [--name sdjax] [--env ~/sdjax-env] [--restarts 20] -- --config=... --workdir=/shared/run
 #   slurm.sh logs   --name sdjax                          follow the newest log of that name
 #   slurm.sh stop   --name sdjax                          SIGTERM: saves, then ends
 #
-# Two minutes before the time limit the run gets SIGTERM and saves, and the job is requeued
-# until sdjax ends by itself. --dry-run prints the job script. Logs: sdjax-NAME-JOB.log here.
+# Two minutes before the time limit the run gets SIGTERM and saves, and the job is requeued until
+# sdjax ends by itself; so it is when a process died (at most --restarts times in all), but not when
+# sdjax refused its input. --dry-run prints the job script. Logs: sdjax-NAME-JOB.log here.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
 source "$here/lib.sh"
 
-name=sdjax nodes=1 gpus=8 per_gpu=0 partition='' account='' time_limit=24:00:00
+name=sdjax nodes=1 gpus=8 per_gpu=0 partition='' account='' time_limit=24:00:00 restarts=20
 env_dir=${SDJAX_ENV:-$HOME/sdjax-env} args=()
 
 parse() {
@@ -27,6 +28,7 @@ parse() {
     --account) take account "$@" && shift 2 ;;
     --time) take time_limit "$@" && shift 2 ;;
     --env) take env_dir "$@" && shift 2 ;;
+    --restarts) take restarts "$@" && shift 2 ;;
     --dry-run) DRY_RUN=1 && shift ;;
     -h | --help) usage && exit 0 ;;
     --) shift && args=("$@") && break ;;
@@ -36,6 +38,7 @@ parse() {
   need_value --name "$name" "$NAME_PATTERN" "$NAME_WHAT"
   need_value --nodes "$nodes" '[1-9][0-9]*' 'a number of nodes'
   need_value --gpus "$gpus" '[1-9][0-9]?' 'a number of GPUs per node'
+  need_value --restarts "$restarts" '[0-9]+' 'a number'
   need_value --time "$time_limit" '([0-9]+-)?[0-9]{1,2}:[0-9]{2}:[0-9]{2}' 'a time such as 24:00:00'
 }
 
@@ -59,15 +62,21 @@ srun_pid=\$!
 code=0
 wait "\$srun_pid" || code=\$?
 # A trapped signal ends the first wait early.
-if ((timed_out || stopped)); then wait "\$srun_pid" || code=\$?; fi
-# 75: a process died; the same command resumes. A stop asked for is final.
-if ((!stopped && (timed_out || code == 75))); then scontrol requeue "\$SLURM_JOB_ID"; else exit "\$code"; fi
+if ((timed_out || stopped)); then code=0; wait "\$srun_pid" || code=\$?; fi
+# 75: stopped by a signal, or another process died; from 128 on: a process died by a signal (srun
+# returns the greatest code of all). The same command resumes. A stop asked for is final.
+again=\$((code == 75 || code >= 128))
+if ((again && !stopped && \${SLURM_RESTART_COUNT:-0} < $restarts)); then
+  scontrol requeue "\$SLURM_JOB_ID"
+else
+  exit "\$code"
+fi
 SCRIPT
 }
 
 start() {
   ((${#args[@]})) || die 'no arguments for sdjax: give them after --, for example -- --config=configs/sdpo_qwen.py'
-  printf '%s\n' "${args[@]}" | grep -q '^--workdir=' ||
+  has --workdir= "${args[@]}" ||
     die '--workdir is missing after --: give a folder that all nodes share'
   need_tool sbatch 'run this on a login node of the cluster'
   if ((DRY_RUN)); then

@@ -13,7 +13,8 @@
 #
 # Every command takes --project P and --dry-run (print, do nothing). `run` on an existing workdir
 # resumes it. All hosts must start together: `run` starts them all, sdjax names those that do not
-# come. `watch` stops when the run ends by itself (exit 0) or fails RETRIES times (--retries, 20).
+# come. `watch` ends when the run ends by itself (exit 0), refuses its input, is stopped by `stop`, or
+# has failed RETRIES times (--retries, 20); started beside a run that goes on, it joins it.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # shellcheck source=launch/lib.sh
@@ -59,8 +60,7 @@ need_accelerator() {
 
 need_args() {
   ((${#args[@]})) || die 'no arguments for sdjax: give them after --, for example -- --config=configs/sdpo_qwen.py'
-  printf '%s\n' "${args[@]}" | grep -q '^--workdir=gs://' ||
-    printf '%s\n' "${args[@]}" | grep -q '^--workdir=/' ||
+  has --workdir=gs:// "${args[@]}" || has --workdir=/ "${args[@]}" ||
     die '--workdir is missing after --: a pod needs one that all hosts reach, such as --workdir=gs://BUCKET/RUN'
 }
 
@@ -138,25 +138,41 @@ delete() {
   run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
 }
 
-await_end() { # 0: ended well; 1: refused its input; 2: the slice was lost or a process died
+run_status() { # what host.sh says on worker 0; nothing when ssh cannot get there
+  gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 \
+    --command="bash $REMOTE_DIR/launch/host.sh status" 2>/dev/null || true
+}
+
+await_end() { # 0: ended well; 1: refused its input; 2: the slice was lost or a process died; 3: stopped
   ((!DRY_RUN)) || return 0
-  local now
+  local silent=0
   while [[ $(state) == ACTIVE ]]; do
-    now=$(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker=0 \
-      --command="bash $REMOTE_DIR/launch/host.sh status" 2>/dev/null) || return 2
-    case $now in
-    running) sleep "$POLL_S" ;;
+    case $(run_status) in
+    running) silent=0 ;;
     'ended 0') return 0 ;;
     'ended 2') return 1 ;;
+    stopped) return 3 ;;
+    '') ((++silent < 5)) || return 2 ;; # the network may fail for a moment
     *) return 2 ;;
     esac
+    sleep "$POLL_S"
   done
   return 2
 }
 
-provide() { # a slice with sdjax on it, unless it is there already
+start_or_join() { # a run that goes on already is watched, not started twice
+  if ((!DRY_RUN && !fresh)) && [[ $(run_status) == running ]]; then
+    echo 'a run is going on already'
+  else
+    start
+  fi
+}
+
+provide() { # a slice with sdjax on it, unless it is there already; fresh says which
+  fresh=0
   ((DRY_RUN)) || [[ $(state) != ACTIVE ]] || return 0
   ((DRY_RUN)) || [[ $(state) == NONE ]] || delete
+  fresh=1
   create && wait_active && bootstrap
 }
 
@@ -167,13 +183,14 @@ watch() {
   for ((attempt = 1; attempt <= retries; attempt++)); do
     echo "attempt $attempt of $retries"
     outcome=2
-    if provide && start; then
+    if provide && start_or_join; then
       outcome=0
       await_end || outcome=$?
     fi
     case $outcome in
     0) echo "the run has ended by itself after $attempt attempt(s)" && return 0 ;;
     1) die "the run refused its input: see tpu_vm.sh logs --name $name --zone $zone" ;;
+    3) echo 'the run was stopped by host.sh stop: its state is saved' && return 0 ;;
     esac
     echo 'the slice was lost or the run died: starting again from the last checkpoint'
     ((DRY_RUN)) || sleep "$POLL_S"

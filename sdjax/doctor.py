@@ -16,6 +16,7 @@ import platform
 import shutil
 import socket
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -41,6 +42,8 @@ MIN_VERSIONS = {
 PINNED = {"math-verify": "0.9.0"}
 MIN_DISK_GB, MIN_MEMORY_GB = 20.0, 4.0
 HUB_TIMEOUT_S = 5.0
+DEVICES_TIMEOUT_S = 120.0
+PROBE = "sdjax-devices"  # the thread that asks the accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +68,9 @@ def run(c: Any, workdir: str) -> None:
     faults = sum(f.state == FAULT for f in findings)
     warnings = sum(f.state == WARN for f in findings)
     print(f"\n{faults} fault(s), {warnings} warning(s)")
+    if any(thread.name == PROBE for thread in threading.enumerate()):
+        sys.stdout.flush()
+        os._exit(1)  # jax's own end would wait for the thread that waits for the accelerator
     if faults:
         sys.exit(1)
 
@@ -122,7 +128,23 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_devices(c: Any) -> Finding:
-    """Whether jax finds the accelerator and can compute on it."""
+    """Whether jax finds the accelerator and can compute on it, within DEVICES_TIMEOUT_S."""
+    found: list[Finding] = []
+    probe = threading.Thread(
+        target=lambda: found.append(_probe_devices(c)), name=PROBE, daemon=True
+    )
+    probe.start()
+    probe.join(DEVICES_TIMEOUT_S)
+    if found:
+        return found[0]
+    remedy = (
+        "one host of a pod waits for the others: start the doctor on all hosts at once "
+        "(launch/tpu_vm.sh bootstrap does); else end what holds the accelerator"
+    )
+    return Finding("devices", FAULT, f"no answer within {DEVICES_TIMEOUT_S:g} s", remedy)
+
+
+def _probe_devices(c: Any) -> Finding:
     try:
         devices = jax.local_devices()
         answer = float(jnp.ones((8, 8)).sum())

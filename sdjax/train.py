@@ -12,6 +12,7 @@ if it never had been. What a run is made of is set up once, in `sdjax.build`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import time
@@ -29,7 +30,7 @@ from sdjax.data.problems import training_problems
 from sdjax.data.sampler import ProblemSampler
 from sdjax.evaluate import evaluate
 from sdjax.metrics import MetricsWriter, rollout_metrics
-from sdjax.models import hf, lora
+from sdjax.models import hf, lora, peft
 from sdjax.objectives import guards
 from sdjax.objectives.advantages import group_advantage
 from sdjax.objectives.aggregation import response_weights
@@ -71,8 +72,11 @@ def run(
         if restored is None:
             writer.write(0, _evaluate(parts, state, 0))
         for step in range(start + 1, c.train.steps + 1):
-            with tracer.step(step):
-                state, metrics = train_batch(c, parts, learner, state, data, step, writer)
+            try:
+                with tracer.step(step):
+                    state, metrics = train_batch(c, parts, learner, state, data, step, writer, stop)
+            except distributed.StopRequested:
+                return _stop(writer, checkpoints, progress, step - 1, state)
             if step == c.train.steps or (c.eval.every and step % c.eval.every == 0):
                 metrics |= _evaluate(parts, state, step)
             writer.write(step, metrics)
@@ -84,11 +88,23 @@ def run(
                 writer.flush()  # rows of a step are on disk before its checkpoint
                 checkpoints.save(step, state, metrics)
             if stopping and step < c.train.steps:
-                checkpoints.close()
-                progress.note(f"stopped after step {step}: the same command goes on from there")
-                return None
+                return _stop(writer, checkpoints, progress, step, state)
     checkpoints.close()
     return _finish(c, parts, state, workdir)
+
+
+def _stop(
+    writer: MetricsWriter,
+    checkpoints: Checkpoints,
+    progress: Progress,
+    step: int,
+    state: TrainState,
+) -> None:
+    """Saves the state after `step` unless that is done already, and says so."""
+    writer.flush()
+    checkpoints.save(step, state)
+    checkpoints.close()
+    progress.note(f"stopped after step {step}: the same command goes on from there")
 
 
 def updates_per_batch(c: ConfigDict) -> int:
@@ -104,23 +120,32 @@ def train_batch(
     data: ProblemSampler,
     step: int,
     writer: MetricsWriter,
+    stop: distributed.StopSignal,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Stages 1 to 4 on the problems of `step`. Returns the new state and what was measured."""
+    """Stages 1 to 4 on the problems of `step`. Returns the new state and what was measured.
+
+    Raises StopRequested, in all processes, when the run is to stop before the first update: most of
+    a batch's time is sampling, and a grace period is shorter than that.
+    """
     began = time.perf_counter()
     groups = process_groups(c, jax.process_index(), jax.process_count())
     problems = data.batch(step - 1)
-    rollouts, metrics = collect.sample_and_verify(
-        parts.engine,
-        parts.engine.prepare(build.full_params(state, parts.cfg)),
-        parts.pool,
-        parts.style,
-        [problems[group] for group in groups],
-        c.batch.group_size,
-        sampling_params(c),
-        seed=c.seed,
-        step=step,
-        groups=groups,
-    )
+    with contextlib.suppress(distributed.StopRequested):
+        rollouts, metrics = collect.sample_and_verify(
+            parts.engine,
+            parts.engine.prepare(build.full_params(state, parts.cfg)),
+            parts.pool,
+            parts.style,
+            [problems[group] for group in groups],
+            c.batch.group_size,
+            sampling_params(c),
+            seed=c.seed,
+            step=step,
+            groups=groups,
+            on_tokens=stop.interrupt,
+        )
+    if stop.agreed():
+        raise distributed.StopRequested
     collected = time.perf_counter()
     contexts, context_counts = _contexts(c, parts, learner, rollouts, step)
     batches = [
@@ -157,7 +182,7 @@ def train_batch(
         "data/epoch": data.epoch(step),
     }
     if c.log.text_every and step % c.log.text_every == 0:
-        _log_texts(writer, step, rollouts[: c.log.text_samples], contexts)
+        _log_texts(writer, step, c.log.text_samples, rollouts, contexts)
     if jax.process_count() > 1:
         metrics = distributed.merge_metrics(metrics, ("verifier/",), ("memory/", "time/"))
     return state, metrics
@@ -309,10 +334,15 @@ def _evaluate(parts: build.Sampler, state: TrainState, step: int) -> dict[str, f
 
 
 def _log_texts(
-    writer: MetricsWriter, step: int, rollouts: list[Rollout], contexts: list[TeacherContext]
+    writer: MetricsWriter,
+    step: int,
+    samples: int,
+    rollouts: list[Rollout],
+    contexts: list[TeacherContext],
 ) -> None:
-    """A few responses with their verdicts, and what the teacher saw."""
-    for i, (rollout, context) in enumerate(zip(rollouts, contexts, strict=False)):
+    """A few responses with their verdicts, those with a teacher first, and what the teacher saw."""
+    pairs = sorted(zip(rollouts, contexts, strict=True), key=lambda pair: not pair[1].has_teacher)
+    for i, (rollout, context) in enumerate(pairs[:samples]):
         verdict = rollout.verdict
         writer.text(
             step,
@@ -334,19 +364,29 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
+def _export(c: ConfigDict, parts: build.Sampler, state: TrainState, folder: str) -> None:
+    """The student as a Hugging Face folder, or its adapters alone as one of PEFT's."""
+    dtype = c.checkpoint.export_dtype
+    if parts.cfg.lora is not None and c.checkpoint.export_lora == "adapters":
+        params = lora.join(state.params, state.frozen)
+        peft.save_adapters(folder, parts.cfg, params, c.model.path, dtype)
+        return
+    hf.save(
+        folder,
+        lora.without(parts.cfg),
+        build.full_params(state, parts.cfg),
+        tokenizer=parts.style.tokenizer,
+        generation_config=parts.generation,
+        dtype=dtype,
+    )
+
+
 def _finish(
     c: ConfigDict, parts: build.Sampler, state: TrainState, workdir: str
 ) -> epath.Path | None:
     """Exports the student, writes the report and says where they are."""
     if c.checkpoint.export:
-        hf.save(
-            str(epath.Path(workdir) / EXPORT_DIR),
-            lora.without(parts.cfg),
-            build.full_params(state, parts.cfg),
-            tokenizer=parts.style.tokenizer,
-            generation_config=parts.generation,
-            dtype=c.checkpoint.export_dtype,
-        )
+        _export(c, parts, state, str(epath.Path(workdir) / EXPORT_DIR))
     if jax.process_index() != 0:
         return None
     path = report.write_report(workdir)

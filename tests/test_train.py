@@ -13,6 +13,7 @@ import time
 import pytest
 
 from sdjax import train
+from sdjax.distributed import StopRequested
 from sdjax.metrics import read_metrics
 from sdjax.models import from_pretrained
 
@@ -43,10 +44,15 @@ def tiny_config(variant="tiny"):
 
 
 class StopAfter:
-    """A stop signal that arrives while batch `step` is running."""
+    """A stop signal that arrives during the updates of batch `step`, or while it is sampled."""
 
-    def __init__(self, step):
-        self.left = step
+    def __init__(self, step, sampling=False):
+        self.left = 2 * step - sampling  # the loop asks after sampling and after the updates
+        self.sampling = sampling
+
+    def interrupt(self, *_):
+        if self.sampling and self.left == 1:
+            raise StopRequested
 
     def agreed(self):
         self.left -= 1
@@ -110,12 +116,35 @@ def test_export_is_the_trained_model(whole_run):
     assert exported.tokenizer.chat_template == initial.tokenizer.chat_template
 
 
+def test_adapters_are_exported_alone_on_request(tmp_path):
+    """checkpoint.export_lora="adapters" writes what PEFT opens instead of the merged model."""
+    c = tiny_config()
+    c.model.lora.rank, c.model.lora.targets = 4, ("q", "v")
+    c.checkpoint.export_lora = "adapters"
+    c.train.steps, c.eval.sets = 1, ()
+    text = train.run(c, str(tmp_path)).read_text()
+    about = json.loads((tmp_path / "export" / "adapter_config.json").read_text())
+    assert (about["r"], about["target_modules"]) == (4, ["q_proj", "v_proj"])
+    assert not (tmp_path / "export" / "model.safetensors").exists()
+    assert "verified while others were sampled" in text
+
+
 def test_stopped_and_resumed_run_gives_the_same_numbers(whole_run, tmp_path):
     """Catches any state that is neither in the checkpoint nor a function of (config, step)."""
     c = tiny_config()
     c.checkpoint.every = 100  # only the stop saves
     assert train.run(c, str(tmp_path), StopAfter(2)) is None
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
+    assert train.run(c, str(tmp_path)) == tmp_path / "report.md"
+    assert_same(stable(tmp_path), stable(whole_run))
+
+
+def test_a_batch_given_up_while_it_is_sampled_is_done_again(whole_run, tmp_path):
+    """A grace period is shorter than sampling a large batch: the state before it is saved."""
+    c = tiny_config()
+    c.checkpoint.every = 100  # only the stop saves
+    assert train.run(c, str(tmp_path), StopAfter(1, sampling=True)) is None
+    assert [row["step"] for row in read_metrics(tmp_path)] == [0]
     assert train.run(c, str(tmp_path)) == tmp_path / "report.md"
     assert_same(stable(tmp_path), stable(whole_run))
 

@@ -36,14 +36,16 @@ from sdjax.distributed.collectives import (
     merge_metrics,
 )
 from sdjax.distributed.rollcall import EXIT_PEER_LOST, Watch, roll_call, say
-from sdjax.distributed.stop import StopSignal
+from sdjax.distributed.stop import StopRequested, StopSignal
 
 __all__ = [
     "EXIT_PEER_LOST",
+    "EXIT_STOPPED",
     "METHODS",
     "Cluster",
     "Session",
     "StartupError",
+    "StopRequested",
     "StopSignal",
     "agree_max",
     "allgather_host",
@@ -58,6 +60,7 @@ __all__ = [
 ]
 
 EXIT_BAD_INPUT = 2  # running it again will not help
+EXIT_STOPPED = EXIT_PEER_LOST  # after SIGTERM: saved, and the same command goes on
 SHUTDOWN_TIMEOUT_S = 60
 # Fields in which the processes of one run must differ, or may.
 OWN_FIELDS = ("distributed.process_id", "distributed.coordinator")
@@ -109,7 +112,7 @@ def session(c: Any, **also_same: str) -> Iterator[Session]:
     """Everything between start and end of a run, whatever ends it.
 
     A failure of this process is told to the others before it leaves, so that none waits in a
-    collective that will never finish.
+    collective that will never finish. A run that a signal stopped ends with SystemExit(75).
     """
     run = initialize(c, **also_same)
     run.stop.install()
@@ -123,6 +126,8 @@ def session(c: Any, **also_same: str) -> Iterator[Session]:
         if run.watch is not None:
             run.watch.close()
             jax.distributed.shutdown()
+        if run.stop.heeded:  # 0 would tell a launcher that there is nothing left to do
+            sys.exit(EXIT_STOPPED)
     finally:
         run.stop.restore()
 

@@ -1,7 +1,7 @@
 """SIGTERM and Ctrl-C as a flag that all processes of a run see.
 
-A signal only sets the flag; the training loop asks at safe points. The second Ctrl-C interrupts at
-once, for people who mean it.
+A signal only sets the flag; the training loop asks at safe points, and gives up a batch that is
+still being sampled. The second Ctrl-C interrupts at once, for people who mean it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from jax.experimental import multihost_utils
 from sdjax.distributed.rollcall import Watch, say
 
 
+class StopRequested(Exception):
+    """The batch was given up before its first update, because the run is to stop."""
+
+
 class StopSignal:
     """Whether the run was asked to stop, by a signal to any of its processes.
 
@@ -30,6 +34,7 @@ class StopSignal:
         self._flag = watch.stop_asked if watch else threading.Event()
         self._previous: dict[int, object] = {}
         self.reason = ""
+        self.heeded = False  # whether the run has been told to stop, and so ends unfinished
 
     @property
     def requested(self) -> bool:
@@ -46,9 +51,19 @@ class StopSignal:
     def agreed(self) -> bool:
         """Whether any process wants to stop; the same answer in all of them. Collective."""
         if jax.process_count() == 1:
-            return self.requested
-        flags = multihost_utils.process_allgather(np.int32(self.requested))
-        return bool(np.any(flags))
+            self.heeded = self.requested
+        else:
+            flags = multihost_utils.process_allgather(np.int32(self.requested))
+            self.heeded = bool(np.any(flags))
+        return self.heeded
+
+    def interrupt(self, *_: object) -> None:
+        """Raises StopRequested when this process knows of a wish to stop: a callback for sampling.
+
+        Every process then asks `agreed`, wherever its own sampling ended.
+        """
+        if self.requested:
+            raise StopRequested
 
     def install(self) -> None:
         """Takes over SIGTERM and SIGINT; possible in the main thread only."""

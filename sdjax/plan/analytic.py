@@ -2,25 +2,31 @@
 
 FLOPs are multiply-adds counted as two, matrix products only. Attention counts every pair of blocks
 that causality and the window leave, all segments taken as one: an upper bound, and what the
-blockwise implementation would compute for a row that holds one sequence.
+blockwise implementations compute for a row that holds one sequence.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 
 from sdjax.models import decoder
-from sdjax.models.attention import BLOCK
+from sdjax.models.attention import BLOCK, SPLASH_BLOCK
 from sdjax.models.config import ModelConfig
 
 MATRICES = ("w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down")
-# Matrix products per layer and token relative to one forward pass: backward costs two, and full
-# rematerialisation one more forward. Attention's backward is five products where forward is two.
+# Matrix products relative to one forward pass: backward costs two, and full rematerialisation one
+# more forward, except for the layer's last product, whose result the backward pass does not need.
+# Attention's forward is two products, its backward five; splash computes two of them twice, in its
+# kernels for dq and for dk and dv. The head is always rematerialised, chunk by chunk.
 LAYER_PASSES = {"none": 3.0, "dots": 3.0, "full": 4.0}
+LAST = "w_down"
 ATTENTION_PASSES = {"none": 3.5, "dots": 4.5, "full": 4.5}
+SPLASH_EXTRA = 1.0
+HEAD_PASSES = 4.0
 
 
 def parameter_count(cfg: ModelConfig) -> int:
@@ -29,10 +35,10 @@ def parameter_count(cfg: ModelConfig) -> int:
     return sum(math.prod(spec.shape) for spec in specs)
 
 
-def layer_parameters(cfg: ModelConfig) -> int:
+def layer_parameters(cfg: ModelConfig, names: Sequence[str] = MATRICES) -> int:
     """Parameters of the layers' matrices: each token is multiplied with all of them once."""
     layers = decoder.param_specs(cfg)["layers"]
-    return sum(math.prod(layers[name].shape) for name in MATRICES)
+    return sum(math.prod(layers[name].shape) for name in names)
 
 
 def visible_pairs(tokens: int, window: int | None, block: int = BLOCK) -> int:
@@ -44,9 +50,9 @@ def visible_pairs(tokens: int, window: int | None, block: int = BLOCK) -> int:
     return block * block * sum(min(i, reach) + 1 for i in range(count))
 
 
-def attention_flops(cfg: ModelConfig, rows: int, tokens: int) -> float:
+def attention_flops(cfg: ModelConfig, rows: int, tokens: int, block: int = BLOCK) -> float:
     """Both products of attention, all layers, forward."""
-    pairs = sum(visible_pairs(tokens, window) for window in cfg.windows)
+    pairs = sum(visible_pairs(tokens, window, block) for window in cfg.windows)
     return 4.0 * rows * pairs * cfg.n_heads * cfg.head_dim
 
 
@@ -55,9 +61,9 @@ def matrix_flops(cfg: ModelConfig, rows: int, tokens: int) -> float:
     return 2.0 * rows * tokens * layer_parameters(cfg)
 
 
-def forward_flops(cfg: ModelConfig, rows: int, tokens: int) -> float:
+def forward_flops(cfg: ModelConfig, rows: int, tokens: int, block: int = BLOCK) -> float:
     """Hidden states of `rows` rows of `tokens` tokens."""
-    return matrix_flops(cfg, rows, tokens) + attention_flops(cfg, rows, tokens)
+    return matrix_flops(cfg, rows, tokens) + attention_flops(cfg, rows, tokens, block)
 
 
 def head_flops(cfg: ModelConfig, rows: int, slots: int) -> float:
@@ -76,18 +82,29 @@ class StepShape:
     slots: int
 
 
-def train_flops(cfg: ModelConfig, shape: StepShape, remat: str, teacher_passes: int = 1) -> float:
+def train_flops(
+    cfg: ModelConfig,
+    shape: StepShape,
+    remat: str,
+    teacher_passes: int = 1,
+    attention: str = "xla",
+) -> float:
     """One optimizer step on all devices together, full-parameter training.
 
-    `teacher_passes` is 0 without a teacher and 2 for a trust-region teacher.
+    `teacher_passes` is 0 without a teacher and 2 for a trust-region teacher; `attention` as in
+    config.model.attention.
     """
     A, B = shape.micro_batches, shape.rows
+    block = SPLASH_BLOCK if attention == "splash" else BLOCK
+    passes = ATTENTION_PASSES[remat] + (SPLASH_EXTRA if attention == "splash" else 0.0)
     student = LAYER_PASSES[remat] * matrix_flops(cfg, B, shape.tokens)
-    student += ATTENTION_PASSES[remat] * attention_flops(cfg, B, shape.tokens)
-    head = 3.0 * head_flops(cfg, B, shape.slots)
+    if remat == "full":
+        student -= 2.0 * B * shape.tokens * layer_parameters(cfg, [LAST])
+    student += passes * attention_flops(cfg, B, shape.tokens, block)
+    head = HEAD_PASSES * head_flops(cfg, B, shape.slots)
     teacher = 0.0
     if shape.teacher_tokens and teacher_passes:
-        one = forward_flops(cfg, B, shape.teacher_tokens) + head_flops(cfg, B, shape.slots)
+        one = forward_flops(cfg, B, shape.teacher_tokens, block) + head_flops(cfg, B, shape.slots)
         teacher = teacher_passes * one
     return A * (student + head + teacher)
 

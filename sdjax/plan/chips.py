@@ -4,7 +4,7 @@ Peaks are the published ones: Cloud TPU documentation, "System architecture" pag
 (https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e, /tpu7x), and for the speed of one
 interconnect link the table of "How to Scale Your Model" (https://jax-ml.github.io/scaling-book).
 `hbm_bytes` is what XLA's compiler allows a program, a little less than what is on the chip: the
-limit in its out-of-memory message (libtpu 0.0.52).
+limit in its out-of-memory message, which a test compares.
 """
 
 from __future__ import annotations

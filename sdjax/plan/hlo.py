@@ -332,8 +332,9 @@ def _flops(i: Instruction, table: Mapping[str, Instruction]) -> float:
 def _splash_flops(i: Instruction, table: Mapping[str, Instruction]) -> float:
     """Causal blockwise attention: two products forward, three for dq, four for dk and dv.
 
-    Its first operands are the grid [heads or 1, query blocks, key blocks], narrower for a window;
-    then come q [..., T, C] and k [..., S, C]. Blocks are taken as square.
+    Its first operands are the grid [heads or 1, query blocks, key blocks], narrower for a window
+    (for dk and dv it is the query blocks that are fewer); then q [..., T, C] and k [..., S, C].
+    Blocks are taken as square, and queries that are fewer than keys as the row's last.
     """
     operands = [_first(table[name]) for name in i.operands if name in table]
     grids = [s for s in operands if s.dtype.startswith("s") and len(s.dims) == 3]
@@ -341,10 +342,16 @@ def _splash_flops(i: Instruction, table: Mapping[str, Instruction]) -> float:
     if not grids or not arrays:
         return 0.0
     *heads, tokens, channels = arrays[0].dims
-    rows, width = grids[0].dims[1:]
-    blocks = sum(min(row + 1, width) for row in range(rows))
-    products = 4 if "dkv" in i.name else 3 if "_dq" in i.name else 2
-    return 2.0 * products * math.prod(heads) * blocks * (tokens / rows) ** 2 * channels
+    keys = arrays[1].dims[-2]
+    if "dkv" in i.name:
+        width, count = grids[0].dims[1:]
+        products, block, before = 4, keys / count, 0
+    else:
+        count, width = grids[0].dims[1:]
+        products, block = 3 if "_dq" in i.name else 2, tokens / count
+        before = round((keys - tokens) / block)
+    blocks = sum(min(n + 1 + before, width) for n in range(count))
+    return 2.0 * products * math.prod(heads) * blocks * block**2 * channels
 
 
 def _dot_flops(i: Instruction, table: Mapping[str, Instruction]) -> float:

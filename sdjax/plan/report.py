@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+from collections.abc import Mapping
 
 from sdjax.plan.roofline import Phase
 from sdjax.plan.study import GIB, Plan
@@ -46,7 +47,7 @@ def _verdict(plan: Plan) -> str:
     refused = [name for name, program in plan.programs.items() if not program.compiled]
     note = f" XLA refused: {', '.join(refused)}." if refused else ""
     if plan.fits:
-        return f"**Fits**: {_gib(most)} of {have} per device ({share:.0%})."
+        return f"**Fits**: {_gib(most)} GiB of {have} per device ({share:.0%})."
     over = (most - plan.limit) / GIB
     lines = [
         f"**Does not fit**: {_gib(most)} GiB of {have} per device ({share:.0%}), {over:.1f} GiB "
@@ -173,16 +174,18 @@ def to_json(plan: Plan) -> str:
     return json.dumps(to_dict(plan), indent=1)
 
 
-def comparison(plans: list[Plan]) -> str:
-    """One line per slice."""
+def comparison(plans: list[Plan], refused: Mapping[str, str] | None = None) -> str:
+    """One line per slice; below, why some could not be planned for."""
     lines = [
-        "| slice | product | fits | training GiB | sampling GiB | of | slots fit | s / batch |",
-        "|---|---|---|---|---|---|---|---|",
+        "| slice | product | mesh | fits | training GiB | sampling GiB | of | slots | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for p in plans:
+        mesh = " x ".join(map(str, p.mesh.values()))
         lines.append(
-            f"| {p.topology.name} | {p.topology.product} | {'yes' if p.fits else 'no'} | "
+            f"| {p.topology.name} | {p.topology.product} | {mesh} | {'yes' if p.fits else 'no'} | "
             f"{_gib(p.train_bytes)} | {_gib(p.rollout_bytes)} | "
             f"{p.topology.chip.hbm_bytes / GIB:.2f} | {p.slots_that_fit} | {p.batch_seconds:.4g} |"
         )
+    lines += ["", *(f"{name}: {why}" for name, why in refused.items())] if refused else []
     return "\n".join(lines) + "\n"

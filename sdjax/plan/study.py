@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -64,13 +64,25 @@ class Plan:
         return sum(phase.total_seconds for phase in self.phases)
 
 
-def study(c: ConfigDict, topology: chips.Topology, suggest: bool | None = None) -> Plan:
-    """Compiles the run's programs for a slice and draws the conclusions."""
+def study(
+    c: ConfigDict,
+    topology: chips.Topology,
+    suggest: bool | None = None,
+    done: Mapping[str, programs.Program] | None = None,
+) -> Plan:
+    """Compiles the run's programs for a slice and draws the conclusions.
+
+    `done` holds programs that are known already. Raises ValueError when the run does not split over
+    the slice.
+    """
     s = programs.setup(c, topology)
-    done = {"train step": programs.compile_program("train step", programs.train_step(s))}
+    lower = {"train step": programs.train_step}
     if c.plan.decode:
-        done["prefill"] = programs.compile_program("prefill", programs.prefill(s))
-        done["decode"] = programs.compile_program("decode", programs.decode(s))
+        lower |= {"prefill": programs.prefill, "decode": programs.decode}
+    done = dict(done or {})
+    for name, program in lower.items():
+        if name not in done:
+            done[name] = programs.compile_program(name, program(s))
     state = programs.abstract_state(s)
     train_memory = _train_memory(s, state, done["train step"])
     rollout_memory = _rollout_memory(s, state, done) if c.plan.decode else {}
@@ -93,8 +105,17 @@ def study(c: ConfigDict, topology: chips.Topology, suggest: bool | None = None) 
         suggestions=[],
     )
     if not plan.fits and (c.plan.suggest if suggest is None else suggest):
-        return dataclasses.replace(plan, suggestions=list(_suggest(plan, s)))
+        return dataclasses.replace(plan, suggestions=_suggest(plan))
     return plan
+
+
+def shrunk(c: ConfigDict, topology: chips.Topology) -> ConfigDict:
+    """The config with mesh.fsdp as large as the slice has devices for, at most as it was."""
+    c = c.copy_and_resolve_references()
+    left = topology.devices // (c.mesh.tensor * c.mesh.context)
+    sizes = (n for n in range(min(c.mesh.fsdp, left), 0, -1) if left % n == 0)
+    c.mesh.fsdp = next(sizes, c.mesh.fsdp)
+    return c
 
 
 def _resident(s: programs.Setup, state: Any) -> dict[str, int]:
@@ -232,57 +253,97 @@ def _analytic_flops(s: programs.Setup) -> float:
         spec.micro_batches, spec.micro_rows, spec.row_len, spec.teacher_row_len, spec.slots
     )
     passes = 2 if s.c.teacher.kind == "trust_region" else int(s.objective.uses_teacher)
-    return analytic.train_flops(lora.without(s.cfg), shape, s.c.model.remat, passes)
+    cfg, m = lora.without(s.cfg), s.c.model
+    return analytic.train_flops(cfg, shape, m.remat, passes, m.attention)
 
 
 # What may be changed when a run does not fit, nearest to the run's own settings first.
 Change = tuple[str, Any]
 
 
-def _changes(plan: Plan) -> Iterator[list[Change]]:
-    """Candidate settings in the order in which one would rather try them."""
+def _train_changes(plan: Plan) -> Iterator[list[Change]]:
+    """What makes the train step smaller, in the order in which one would rather try it."""
     c, devices = plan.c, plan.topology.devices
-    if plan.rollout_bytes > plan.limit:
-        if plan.slots_that_fit:
-            yield [("rollout.slots", plan.slots_that_fit)]
-        for tensor in (2, 4, 8):
-            if plan.rollout_mesh["tensor"] < tensor <= plan.topology.devices // plan.hosts:
-                yield [("rollout.tensor", tensor)]
-    if plan.train_bytes > plan.limit:
-        if c.model.remat != "full":
-            yield [("model.remat", "full")]
-        fsdp = c.mesh.fsdp
-        while 2 * fsdp * c.mesh.tensor * c.mesh.context <= devices:
-            fsdp *= 2
-            yield [("mesh.fsdp", fsdp)]
-        if c.optimizer.state_dtype == "float32":
-            yield [("mesh.fsdp", fsdp), ("optimizer.state_dtype", "bfloat16")]
-        for tensor in (2, 4, 8):
-            if fsdp // tensor >= 1:
-                yield [("mesh.fsdp", fsdp // tensor), ("mesh.tensor", tensor)]
-        if c.teacher.context.max_len > 2048:
-            yield [("mesh.fsdp", fsdp), ("teacher.context.max_len", c.teacher.context.max_len // 2)]
+    if c.model.remat != "full":
+        yield [("model.remat", "full")]
+    fsdp = c.mesh.fsdp
+    while 2 * fsdp * c.mesh.tensor * c.mesh.context <= devices:
+        fsdp *= 2
+        yield [("mesh.fsdp", fsdp)]
+    if c.optimizer.state_dtype == "float32":
+        yield [("mesh.fsdp", fsdp), ("optimizer.state_dtype", "bfloat16")]
+    for axis in ("tensor", "context"):
+        for size in (2, 4, 8):
+            if c.mesh[axis] < size <= fsdp:
+                yield [("mesh.fsdp", fsdp * c.mesh[axis] // size), (f"mesh.{axis}", size)]
+    if c.teacher.context.max_len > 2048:
+        yield [("mesh.fsdp", fsdp), ("teacher.context.max_len", c.teacher.context.max_len // 2)]
 
 
-def _suggest(plan: Plan, s: programs.Setup) -> Iterator[str]:
-    """The nearest settings that fit, found by compiling them; else the next larger slice."""
-    for changes in _changes(plan):
-        c = plan.c.copy_and_resolve_references()
-        for field, value in changes:
-            section, _, name = field.rpartition(".")
-            target = c
-            for part in section.split("."):
-                target = target[part]
-            target[name] = value
-        text = " ".join(f"--config.{field}={value}" for field, value in changes)
-        try:
-            tried = study(c, plan.topology, suggest=False)
-        except ValueError:
-            continue  # does not split over this slice
-        if tried.fits:
-            most = max(tried.train_bytes, tried.rollout_bytes)
-            yield f"{text} fits: {most / GIB:.1f} GiB per device"
-            return
-    bigger = [t for t in chips.usual(plan.topology.chip.name) if t.chips > plan.topology.chips]
-    if bigger:
-        yield f"no setting tried fits this slice; plan for {bigger[0].name} ({bigger[0].product})"
+def _rollout_changes(plan: Plan) -> Iterator[list[Change]]:
+    """What makes sampling smaller: fewer slots, or weights and cache split over more devices."""
+    if plan.slots_that_fit:
+        yield [("rollout.slots", plan.slots_that_fit)]
+    for tensor in (2, 4, 8):
+        if plan.rollout_mesh["tensor"] < tensor <= plan.topology.devices // plan.hosts:
+            yield [("rollout.tensor", tensor)]
+
+
+def _suggest(plan: Plan) -> list[str]:
+    """The nearest settings that fit, found by compiling them; else the next larger slice.
+
+    First what brings training below the limit, then, added to it, what brings sampling there.
+    """
+    found: list[Change] = []
+    for changes_of, fits in (
+        (_train_changes, lambda p: p.train_bytes <= p.limit),
+        (_rollout_changes, lambda p: p.rollout_bytes <= p.limit),
+    ):
+        if fits(plan):
+            continue
+        tries = ((changes, _try(plan, changes, fits)) for changes in changes_of(plan))
+        changes, better = next((pair for pair in tries if pair[1] is not None), ([], None))
+        if better is None:
+            return _larger(plan.topology)
+        plan, found = better, found + changes
+    text = " ".join(f"--config.{field}={value}" for field, value in found)
+    most = max(plan.train_bytes, plan.rollout_bytes)
+    return [f"{text} fits: {most / GIB:.1f} GiB per device"]
+
+
+def _try(plan: Plan, changes: list[Change], fits: Callable[[Plan], bool]) -> Plan | None:
+    """The plan with these changes; None when that does not fit or does not split over the slice.
+
+    Compiles no more than it must, as minutes go by: nothing when what stays in memory is too much
+    already, not the train step when only sampling changes, nor sampling when training is too large.
+    """
+    c = plan.c.copy_and_resolve_references()
+    c.update_from_flattened_dict(dict(changes))
+    done = dict(plan.programs)
+    if any(not field.startswith("rollout.") for field, _ in changes):
+        done = {}
+    elif set(done) - {"train step"}:
+        done = {"train step": done["train step"]}
+    try:
+        s = programs.setup(c, plan.topology)
+        if sum(_resident(s, programs.abstract_state(s)).values()) > plan.limit:
+            return None
+        if not done:
+            alone = c.copy_and_resolve_references()
+            alone.plan.decode = False
+            first = study(alone, plan.topology, suggest=False)
+            if first.train_bytes > first.limit:
+                return None
+            done = first.programs
+        tried = study(c, plan.topology, suggest=False, done=done)
+    except ValueError:
+        return None
+    return tried if fits(tried) else None
+
+
+def _larger(topology: chips.Topology) -> list[str]:
+    """What to say when nothing fits."""
+    larger = [t for t in chips.usual(topology.chip.name) if t.chips > topology.chips]
+    if not larger:
+        return ["no setting tried fits this slice, and there is no larger one"]
+    return [f"no setting tried fits this slice; plan for {larger[0].name} ({larger[0].product})"]

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from sdjax import config, distributed
 from sdjax.distributed.cluster import StartupError, detect, expand_nodelist
 from sdjax.distributed.rollcall import Peer, Watch, compare, roll_call_port
 from sdjax.distributed.stop import StopSignal
@@ -33,13 +34,13 @@ def free_port() -> int:
     raise AssertionError("no free pair of ports")
 
 
-def start(indices, count, what):
+def start(indices, count, what, *more):
     """Starts worker processes; returns {index: (exit code, output)} once all have ended."""
     port = free_port()
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     processes = {
         i: subprocess.Popen(
-            [sys.executable, str(WORKER), str(i), str(count), str(port), what],
+            [sys.executable, str(WORKER), str(i), str(count), str(port), what, *map(str, more)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -114,7 +115,15 @@ def test_sigterm_to_one_stops_all_at_the_same_step():
     results = start([0, 1], 2, "stop")
     steps = {out.split("stopped at ")[1].split()[0] for out, _ in results.values()}
     assert len(steps) == 1
-    assert all(code == 0 for _, code in results.values())
+    # not 0: a launcher that restarts what did not end well must start this again
+    assert all(code == 75 for _, code in results.values())
+
+
+def test_a_checkpoint_that_one_process_cannot_read_is_passed_over_by_all(tmp_path):
+    """The others must not wait for it at a barrier, nor go on from another step than it does."""
+    for out, code in start([0, 1], 2, "damaged", tmp_path).values():
+        assert code == 0 and "restored 1" in out, out
+        assert "checkpoint 2" in out and "trying the one before it" in out
 
 
 def detect_in(env, method="auto", metadata=None, on_tpu=False, coordinator="", n=0, i=-1):
@@ -250,6 +259,19 @@ def test_goodbye_is_not_a_loss():
         time.sleep(0.01)
     here.close()
     assert here._peers[0].left and said == []
+
+
+def test_a_stopped_run_ends_with_75_and_a_finished_one_does_not():
+    """Alone as in company: what restarts a run looks at the code only."""
+    with distributed.session(config.base()) as run:
+        run.stop.interrupt()
+        assert not run.stop.agreed()
+    with pytest.raises(SystemExit) as end, distributed.session(config.base()) as run:
+        run.stop.request("SIGTERM")
+        with pytest.raises(distributed.StopRequested):
+            run.stop.interrupt()
+        assert run.stop.agreed()
+    assert end.value.code == 75
 
 
 def test_stop_signal_takes_and_returns_the_handlers():

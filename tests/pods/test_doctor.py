@@ -2,8 +2,10 @@
 
 import subprocess
 import sys
+import threading
 import urllib.request
 
+import jax
 import pytest
 
 from sdjax import config, doctor
@@ -66,6 +68,17 @@ def test_a_mesh_that_does_not_divide_the_devices_is_named():
     c = config.base()
     c.mesh.fsdp = 3
     assert "multiple of 3" in doctor.check_devices(c).remedy
+
+
+def test_devices_that_do_not_answer_are_a_fault(monkeypatch):
+    """One host of a pod waits for the others for ever; the doctor must not."""
+    held = threading.Event()
+    monkeypatch.setattr(doctor.jax, "local_devices", lambda: held.wait(60) and jax.devices())
+    monkeypatch.setattr(doctor, "DEVICES_TIMEOUT_S", 0.1)
+    finding = doctor.check_devices(config.base())
+    held.set()
+    assert finding.state == doctor.FAULT and "no answer within 0.1 s" in finding.seen
+    assert "all hosts at once" in finding.remedy
 
 
 def test_half_a_cluster_is_a_fault(monkeypatch):

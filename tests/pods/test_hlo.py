@@ -137,6 +137,9 @@ ENTRY %main (q: bf16[4,2048,128], k: bf16[2,2048,128], g: s8[1,4,4], x: f32[8,16
     attention = 2 * 2 * 4 * blocks * 512 * 512 * 128
     assert hlo.count(text).flops == attention + 2 * 8 * 8 * 16
     assert hlo.count(text.replace("fwd", "dkv")).flops == 2 * attention + 2 * 8 * 8 * 16
+    # a shard of the context axis: 1,024 queries at the end of 2,048 keys
+    part = text.replace("bf16[4,2048", "bf16[4,1024").replace("s8[1,4,4]", "s8[1,2,4]")
+    assert hlo.count(part).flops == 2 * 2 * 4 * (3 + 4) * 512 * 512 * 128 + 2 * 8 * 8 * 16
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

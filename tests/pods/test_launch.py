@@ -3,6 +3,7 @@
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -165,15 +166,45 @@ case "$*" in
   case $n in 1) echo running ;; 2) echo SUSPENDED > $state; exit 1 ;; *) echo ended 0 ;; esac ;;
 esac""",
     )
-    code, out, error = launch(
-        "tpu_vm.sh", "watch", *AT, "--accelerator", "v5p-8", "--spot", *ARGS, SDJAX_POLL_S="0"
-    )
+    source = tmp_path / "source"  # small, and nobody edits it while it is packed
+    source.mkdir()
+    (source / "setup.py").touch()
+    slice_of = ["--accelerator", "v5p-8", "--spot", "--source", str(source)]
+    code, out, error = launch("tpu_vm.sh", "watch", *AT, *slice_of, *ARGS, SDJAX_POLL_S="0")
     assert code == 0, error
     lines = calls(tmp_path)
     assert sum("<queued-resources> <create>" in line for line in lines) == 2
     assert sum("<queued-resources> <delete>" in line for line in lines) == 1
     assert sum("host.sh start" in line for line in lines) == 2
     assert "after 2 attempt(s)" in out
+
+
+@pytest.mark.parametrize(
+    "answers, says",
+    [
+        ("running; running; ended 0", "has ended by itself after 1 attempt(s)"),
+        ("running; ; ; ended 0", "has ended by itself after 1 attempt(s)"),
+        ("running; stopped", "was stopped"),
+    ],
+)
+def test_watch_joins_a_run_and_follows_it_to_its_end(stubs, tmp_path, answers, says):
+    """Started a second time beside a run, across a moment without network, or until `stop`: never
+    by starting another."""
+    stubs(
+        "gcloud",
+        f"""
+case "$*" in
+*describe*) echo ACTIVE ;;
+*"host.sh status"*)
+  n=$(($(cat $HOME/n 2>/dev/null || echo 0) + 1)); echo $n > $HOME/n
+  answer=$(cut -d ';' -f $n <<< "{answers}" | xargs); [[ $answer ]] || exit 255
+  echo "$answer" ;;
+esac""",
+    )
+    arguments = ["watch", *AT, "--accelerator", "v5p-8", *ARGS]
+    code, out, error = launch("tpu_vm.sh", *arguments, SDJAX_POLL_S="0")
+    assert code == 0 and says in out, error
+    assert not any("host.sh start" in line for line in calls(tmp_path))
 
 
 @pytest.mark.parametrize("ended, says", [("ended 2", "refused its input"), ("ended 1", "gave up")])
@@ -220,18 +251,40 @@ def test_slurm_job_script_is_submitted_and_is_valid_shell(stubs, tmp_path):
     assert subprocess.run(["bash", "-n", str(tmp_path / "job.sh")]).returncode == 0
 
 
-@pytest.mark.parametrize("code, requeued", [(75, True), (0, False), (1, False)])
-def test_slurm_job_requeues_when_a_process_died(stubs, tmp_path, code, requeued):
-    """Exit 75 means that the same command resumes; success and mistakes end the job."""
+@pytest.mark.parametrize(
+    "code, restarts, requeued",
+    [(75, 0, True), (137, 0, True), (0, 0, False), (1, 0, False), (2, 0, False), (75, 20, False)],
+)
+def test_slurm_job_requeues_when_a_process_died(stubs, tmp_path, code, restarts, requeued):
+    """75 means that the same command resumes, and srun returns the code of the process that was
+    killed if that is greater; success and mistakes end the job, and so does a loop of crashes."""
     stubs("sbatch", 'cat > "$HOME/job.sh"')
     stubs("srun", f"exit {code}")
     stubs("scontrol")
     launch("slurm.sh", "run", *ARGS)
-    done = subprocess.run(
-        ["bash", str(tmp_path / "job.sh")], env={**os.environ, "SLURM_JOB_ID": "7"}, timeout=60
-    )
+    env = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restarts)}
+    done = subprocess.run(["bash", str(tmp_path / "job.sh")], env=env, timeout=60)
     assert any("scontrol <requeue> <7>" in line for line in calls(tmp_path)) == requeued
     assert done.returncode == (0 if requeued else code)
+
+
+@pytest.mark.parametrize(
+    "signals, code, requeued",
+    [("USR1", 75, True), ("USR1", 0, False), ("TERM", 75, False)],
+)
+def test_slurm_job_passes_signals_on(stubs, tmp_path, signals, code, requeued):
+    """At the time limit the run saves and the job is requeued, unless the run ended just then;
+    `stop` is final."""
+    stubs("sbatch", 'cat > "$HOME/job.sh"')
+    stubs("srun", f"trap 'exit {code}' TERM; touch $HOME/up; while :; do sleep 0.05; done")
+    stubs("scontrol")
+    launch("slurm.sh", "run", *ARGS)
+    env = {**os.environ, "SLURM_JOB_ID": "7"}
+    job = subprocess.Popen(["bash", str(tmp_path / "job.sh")], env=env)
+    wait_for((tmp_path / "up").exists)
+    job.send_signal(getattr(signal, f"SIG{signals}"))
+    assert job.wait(timeout=30) == (0 if requeued else code)
+    assert any("scontrol <requeue> <7>" in line for line in calls(tmp_path)) == requeued
 
 
 def fake_python(folder, body):
@@ -254,7 +307,8 @@ def wait_for(condition, seconds=20.0):
 
 
 def test_host_keeps_one_run_and_its_exit_code(tmp_path):
-    """A second start is refused, stop sends SIGTERM, and the exit code is kept for `watch`."""
+    """A second start is refused, the exit code is kept for `watch`, and `stop` sends SIGTERM and is
+    told from a pre-emption's."""
     fake_python(
         tmp_path / "env", "trap 'exit 7' TERM\necho args: \"$@\"\nwhile :; do sleep 0.1; done"
     )
@@ -270,9 +324,13 @@ def test_host_keeps_one_run_and_its_exit_code(tmp_path):
         code, _, error = launch("host.sh", "start", "--", "--config=x", **env)
         assert code == 2 and "already going on" in error
         wait_for(lambda: "args:" in (tmp_path / "run" / "log").read_text())
+        os.kill(int((tmp_path / "run" / "pid").read_text()), signal.SIGTERM)
+        wait_for(lambda: launch("host.sh", "status", **env)[1].strip() == "ended 7")
+        assert launch("host.sh", "start", "--", "--config=c", **env)[0] == 0
+        wait_for(lambda: "--config=c" in (tmp_path / "run" / "log").read_text())
     finally:
         launch("host.sh", "stop", **env)
-    wait_for(lambda: launch("host.sh", "status", **env)[1].strip() == "ended 7")
+    wait_for(lambda: launch("host.sh", "status", **env)[1].strip() == "stopped")
     assert "args: -u -m sdjax.main --config=a b" in (tmp_path / "run" / "log").read_text()
 
 

@@ -70,7 +70,7 @@ def environment(model):
         "JAX_PLATFORMS": "cpu",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # these tests mostly compile
         "JAX_COMPILATION_CACHE_DIR": str(model.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
@@ -109,7 +109,6 @@ def test_every_mini_batch_is_shared_by_all_processes(count):
         process_groups(c, 0, 3)
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(tmp_path, model):
     """Each samples, verifies and packs its own problems; sums over devices may differ in order."""
     one, two = train(1, tmp_path / "one", model), train(2, tmp_path / "two", model)

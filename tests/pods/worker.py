@@ -1,13 +1,17 @@
-"""One process of a small run, started by test_distributed.py: worker.py INDEX COUNT PORT WHAT."""
+"""One process of a small run, started by the tests: worker.py INDEX COUNT PORT WHAT [FOLDER]."""
 
 import os
+import pathlib
 import signal
 import sys
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
-from sdjax import distributed
+from sdjax import distributed, parallel
+from sdjax.checkpoint import Checkpoints
+from sdjax.types import TrainState
 
 JOB = {"index": int(sys.argv[1]), "count": int(sys.argv[2]), "what": sys.argv[4]}
 TICKS = 3000
@@ -54,6 +58,31 @@ def exchange() -> None:
     assert total == 6 * sum(range(count)), total
 
 
+def make_state(value: int) -> TrainState:
+    """A state of which each process holds a half."""
+    mesh = parallel.make_mesh(fsdp=JOB["count"])
+    w = np.random.default_rng(value).standard_normal((64, 512), np.float32)
+    place, whole = parallel.sharding(mesh, "DF"), parallel.replicated(mesh)
+    split = lambda x: jax.make_array_from_callback(x.shape, place, lambda part: x[part])
+    count = lambda: jax.make_array_from_callback((), whole, lambda _: np.int32(value))
+    params = {"w": split(w)}
+    return TrainState(count(), params, None, {"w": split(w + 1)}, ({"mu": split(w * 2)},), count())
+
+
+def pass_over_a_damaged_checkpoint(folder: pathlib.Path) -> int:
+    """Removes what process 1 wrote of the newest checkpoint, and returns the step restored."""
+    checkpoints = Checkpoints(folder, keep=2)
+    for step in (1, 2):
+        checkpoints.save(step, make_state(step))
+    checkpoints.close()
+    distributed.broadcast(None)
+    if JOB["index"] == 0:
+        for path in (folder / "checkpoints" / "2" / "state" / "ocdbt.process_1" / "d").iterdir():
+            path.unlink()
+    distributed.broadcast(None)
+    return int(Checkpoints(folder, keep=2).restore(make_state(0)).step)
+
+
 def run_until_stopped(stop: distributed.StopSignal) -> int:
     """Collective steps until all agree to stop; process 1 gets the signal at step 2."""
     for step in range(TICKS):
@@ -71,6 +100,8 @@ def main() -> None:
         exchange()
         if what == "stop":
             print("stopped at", run_until_stopped(session.stop), flush=True)
+        if what == "damaged":
+            print("restored", pass_over_a_damaged_checkpoint(pathlib.Path(sys.argv[5])))
         if what == f"kill{index}":
             os.kill(os.getpid(), signal.SIGKILL)
         if what == "fail" and index == 1:
