@@ -261,6 +261,7 @@ def _checkpoint() -> ConfigDict:
     k.best_metric = ""  # evaluation metric whose best checkpoint is kept too; empty = none
     k.export = True  # write a Hugging Face folder at the end
     k.export_dtype = "bfloat16"
+    k.export_lora = "merged"  # under LoRA: the merged model, or the adapters alone (PEFT's format)
     return k
 
 
@@ -365,7 +366,7 @@ def shrink(c: ConfigDict) -> None:
     c.model.path = "tiny"
     c.model.remat = "none"
     c.mesh.data, c.mesh.fsdp, c.mesh.tensor, c.mesh.context = -1, 1, 1, 1
-    c.data.name, c.data.path = "synthetic", ""
+    c.data.name, c.data.path, c.data.split = "synthetic", "", ""
     c.data.system = None
     c.data.max_prompt_len = 128
     c.batch.prompts, c.batch.mini_prompts, c.batch.group_size = 4, 2, 4

@@ -56,9 +56,11 @@ def _config_flag(argv: list[str]) -> str | None:
 
 def _read_config(argv: list[str]) -> ConfigDict:
     """The config of the command line; a mistake in it ends the process with one sentence."""
-    if _config_flag(argv) is None:
-        argv = [argv[0], f"--config={BASE_CONFIG}", *argv[1:]]
-    path = (_config_flag(argv) or "").partition(":")[0]
+    flag = _config_flag(argv)
+    flag = BASE_CONFIG if flag is None else flag
+    others = [arg for arg in argv[1:] if not arg.startswith("--config=")]
+    argv = [argv[0], f"--config={flag}", *others]  # first: config_flags reads it before its fields
+    path = flag.partition(":")[0]
     if not Path(path).is_file():
         _fail(f"--config={path}: there is no such file; the configs stand in configs/")
     try:

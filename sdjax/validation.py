@@ -50,6 +50,7 @@ CHOICES: Mapping[str, tuple] = {
     "sft.init": ("model", "scratch"),
     "sft.source": ("reasoner", "jsonl"),
     "checkpoint.export_dtype": ("float32", "bfloat16", "float16"),
+    "checkpoint.export_lora": ("merged", "adapters"),
     "distributed.method": ("auto", "single", "explicit", "slurm", "tpu"),
 }
 RANGES: Mapping[str, tuple[float, float]] = {

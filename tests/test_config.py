@@ -115,6 +115,8 @@ def run_main(*args):
         (["--config=configs/nope.py"], "configs/nope.py: there is no such file"),
         (["--config=configs/tiny.py:nope"], "unknown config variant 'nope': known are"),
         (["--config.train.steps=-1"], "config.train.steps is -1, but must lie in"),
+        # fields may come before the file that they belong to
+        (["--config.train.steps=-1", "--config=configs/tiny.py"], "config.train.steps is -1"),
         (["surplus"], "unknown argument 'surplus'"),
     ],
 )

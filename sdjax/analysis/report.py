@@ -100,6 +100,11 @@ TRAINING = (
     ("policy/kl_initial", "KL to the initial policy (nats per token)", 4),
     ("drift/prob_error", "sampler-trainer probability error (1 is none)", 4),
     ("optim/grad_norm", "gradient norm", 4),
+    ("rollout/verified_while_sampling_frac", "responses verified while others were sampled", 3),
+    ("rollout/tokens_per_s", "sampled tokens per second", 1),
+    ("time/sample_s", "seconds to sample", 2),
+    ("time/verify_wait_s", "seconds of waiting for verdicts after sampling", 2),
+    ("time/step_s", "seconds to update", 2),
 )
 
 
