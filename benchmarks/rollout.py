@@ -5,8 +5,9 @@
 measures each checkpoint (`random`: written here, Qwen3 with 8 layers, D 512, V 151,936, tied) and
 prints one JSON line per engine, each measured in a process of its own:
 
-    limit          the bare matrix products and cache reads of the useful tokens, nothing else;
-                   beside them `sampler_ms`, what drawing 32 tokens costs
+    limit          the bare matrix products and cache reads of the useful tokens, nothing else: as
+                   if all steps were full, and (`sequential_s`) with as many rows at each step as
+                   responses are still to be continued; `sampler_ms` is what drawing tokens costs
     sdjax          the engine: slots refilled from the queue
     longest        the same programs without refill: batches that run to their longest response
     equal          the engine when all responses are equally long, beside `ideal_s`: as many full
@@ -238,32 +239,22 @@ def prompt_seconds(engine, weights, tokens: int) -> float:
     return min(wall for wall, _ in timed(run, 5)[1])
 
 
-def run_limit(args) -> None:
-    """Times one step's products at full slots, and charges the useful tokens for it.
-
-    Twice: with the weights on the left of every product, as the engine has them on a CPU (the
-    faster way, hence the line's figures), and as plain x W (`plain_step_ms`).
-    """
+def time_step(params, cfg, rows: int, seen: int, weight_left: bool):
+    """(first, runs) of the bare products of one step; each row reads `seen` cached tokens."""
     import jax
     import jax.numpy as jnp
 
-    from sdjax.models import decoder, hf
+    from sdjax.models import decoder
 
-    cfg, params = hf.load(args.ckpt)
-    prompts, lengths = workload(cfg.vocab_size, args.requests, args.median, args.longest, False)
-    params = decoder.unstack_layers(params, cfg)
-    # cached tokens that a useful token reads on average
-    live = [np.arange(len(p), len(p) + n) for p, n in zip(prompts, lengths, strict=True)]
-    seen = round(float(np.concatenate(live).mean()))
-    B, N, C = args.slots, cfg.n_kv_heads, cfg.head_dim
-    caches = [(jnp.ones((B, N, C, seen)), jnp.ones((B, N, seen, C))) for _ in range(cfg.n_layers)]
+    N, C = cfg.n_kv_heads, cfg.head_dim
+    caches = [(jnp.ones((rows, N, C, seen)), jnp.ones((rows, N, seen, C)))] * cfg.n_layers
 
-    @functools.partial(jax.jit, static_argnums=3)
-    def products(params, caches, x_B1D, weight_left):
+    @jax.jit
+    def products(params, caches, x_B1D):
         for layer, (k, v) in zip(params["layers"], caches, strict=True):
 
             def attend(q_B1HC, k=k, v=v):
-                q_BNGC = q_B1HC.reshape(B, N, -1, C)
+                q_BNGC = q_B1HC.reshape(rows, N, -1, C)
                 score = jnp.einsum("bngc,bncs->bngs", q_BNGC, k)
                 return jnp.einsum("bngs,bnsc->bngc", score, v).reshape(q_B1HC.shape)
 
@@ -272,17 +263,55 @@ def run_limit(args) -> None:
             return decoder.vocab_first_logits(params, x_B1D[:, 0], cfg)
         return decoder.logits(params, x_B1D, cfg)
 
-    x_B1D = jnp.ones((B, 1, cfg.d_model)) * 1e-3
-    call = lambda *given: timed(lambda: jax.block_until_ready(products(params, *given)), 20)
-    plain = statistics.median(wall for wall, _ in call(caches, x_B1D, False)[1])
+    x_B1D = jnp.ones((rows, 1, cfg.d_model)) * 1e-3
+    return timed(lambda: jax.block_until_ready(products(params, caches, x_B1D)), 20)
+
+
+def median_wall(runs) -> float:
+    """Of `timed`'s (wall, CPU) pairs."""
+    return statistics.median(wall for wall, _ in runs)
+
+
+def sequential_seconds(lengths: np.ndarray, step_s: dict[int, float]) -> float:
+    """Bare products when all responses start at once and each step has only the live rows.
+
+    `step_s` are seconds of a step by its rows. A response's tokens come one after the other, so
+    with few long ones left the weights are read for few rows, whatever the schedule.
+    """
+    rows = sorted(step_s)
+    live_T = (lengths[None] > np.arange(lengths.max())[:, None]).sum(1)
+    full_T = np.maximum(live_T / rows[-1], 1.0)  # more rows than slots: several full steps
+    return float((full_T * np.interp(live_T, rows, [step_s[r] for r in rows])).sum())
+
+
+def run_limit(args) -> None:
+    """Times the bare products of a step, and charges the useful tokens for it in two ways.
+
+    As if every step were full (`seconds`), and as few rows as are left at each (`sequential_s`).
+    The weights stand on the left of every product, as the engine has them on a CPU; plain x W is
+    slower (`plain_step_ms`).
+    """
+    from sdjax.models import decoder, hf
+
+    cfg, params = hf.load(args.ckpt)
+    prompts, lengths = workload(cfg.vocab_size, args.requests, args.median, args.longest, False)
+    params = decoder.unstack_layers(params, cfg)
+    # cached tokens that a useful token reads on average
+    live = [np.arange(len(p), len(p) + n) for p, n in zip(prompts, lengths, strict=True)]
+    seen = round(float(np.concatenate(live).mean()))
+    plain = median_wall(time_step(params, cfg, args.slots, seen, False)[1])
     params["layers"] = tuple(map(decoder.output_first, params["layers"]))
-    first, runs = call(caches, x_B1D, True)
-    step = statistics.median(wall for wall, _ in runs)
+    first, runs = time_step(params, cfg, args.slots, seen, True)
+    step_s = {args.slots: median_wall(runs)}
+    for rows in (n for n in (1, 2, 4, 8, 16, 32) if n < args.slots):
+        step_s[rows] = median_wall(time_step(params, cfg, rows, seen, True)[1])
     tokens = int(lengths.sum())
-    runs = [(wall * tokens / B, cpu * tokens / B) for wall, cpu in runs]
-    steps = dict(step_ms=round(step * 1e3, 2), plain_step_ms=round(plain * 1e3, 2))
-    steps["sampler_ms"] = round(sampler_seconds(B, cfg.vocab_size) * 1e3, 2)
-    report("limit", args, runs, first, tokens, slots=B, cached_tokens=seen, **steps)
+    runs = [(wall * tokens / args.slots, cpu * tokens / args.slots) for wall, cpu in runs]
+    extra = dict(step_ms=round(step_s[args.slots] * 1e3, 2), plain_step_ms=round(plain * 1e3, 2))
+    extra["step_ms_by_rows"] = {rows: round(step_s[rows] * 1e3, 1) for rows in sorted(step_s)}
+    extra["sequential_s"] = round(sequential_seconds(lengths, step_s), 3)
+    extra["sampler_ms"] = round(sampler_seconds(args.slots, cfg.vocab_size) * 1e3, 2)
+    report("limit", args, runs, first, tokens, slots=args.slots, cached_tokens=seen, **extra)
 
 
 def sampler_seconds(rows: int, vocab: int) -> float:
@@ -379,7 +408,9 @@ def run_transformers(args) -> None:
 def summary(lines: dict[str, dict]) -> dict:
     """The targets with what was measured, and where the engine's time goes."""
     ours, speed = lines["sdjax"], lambda name: lines[name]["tokens_per_s"]
+    sequential = lines["limit"]["sequential_s"] / ours["seconds"]
     found = [("of_limit", speed("sdjax") / speed("limit"), 0.5)]
+    found += [("of_sequential_limit", sequential, 0.5)]
     found += [("of_ideal_equal_lengths", lines["equal"]["of_ideal"], 0.9)]
     found += [("times_run_to_longest", speed("sdjax") / speed("longest"), 2.0)]
     found += [("memory_of_weights_and_cache", ours["of_weights_and_cache"], 1.3)]
@@ -438,7 +469,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--median", type=int, default=32)
     parser.add_argument("--longest", type=int, default=256)
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--slots", type=int, default=64)
     parser.add_argument("--chunk", type=int, default=32)
     parser.add_argument("--row-halvings", type=int, default=5)
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ from sdjax import step as step_lib
 from sdjax.analysis import epistemic
 from sdjax.data import chat, problems
 from sdjax.data.packing import PackingSpec, align
-from sdjax.evaluate import EvalConfig
+from sdjax.eval_config import EvalConfig
 from sdjax.models import from_pretrained, lora
 from sdjax.models.config import ModelConfig
 from sdjax.objectives.objective import ObjectiveConfig

@@ -130,6 +130,7 @@ def _rollout() -> ConfigDict:
     r.chunk = 32  # decode steps per call from the host
     r.cache_dtype = "auto"  # KV cache: auto = compute dtype, float32, bfloat16, int8
     r.first_length = 128  # columns of the KV cache at first; it doubles while rows grow longer
+    r.warm_up = False  # compile all programs before the first batch, not when first needed
     r.row_halvings = 3  # how often the slots may be halved at the end, when nothing waits
     return r
 

@@ -26,67 +26,20 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sdjax import distributed
+from sdjax import build, distributed
 from sdjax.analysis import epistemic, tables
 from sdjax.collect import PromptStyle, stream_seed
 from sdjax.data import chat
-from sdjax.records import FINISH_LENGTH, Completion, Problem, Request, SamplingParams, Verdict
+from sdjax.data.golds import warn_about_golds
+from sdjax.eval_config import EvalConfig
+from sdjax.records import FINISH_LENGTH, Completion, Problem, Request, Verdict
 
 LOG = logging.getLogger(__name__)
 
-# The paper's settings per kind of model; top-k is a switch of its own, see config.eval.top_k.
-PAPER_SAMPLES = 16
-PAPER_MAX_NEW_TOKENS = 38912
-PAPER_SAMPLING = {
-    "thinking": {"temperature": 0.6, "top_p": 0.95},  # Qwen3 thinking on, DeepSeek, OLMo-3
-    "non_thinking": {"temperature": 0.7, "top_p": 0.8},  # Qwen3 thinking off
-}
 _EVAL_STREAM = 2  # another one than collect's
-PRESETS = ("", "paper", *PAPER_SAMPLING)
 
 # What is measured of each response, in this order on the last axis of `stats_PKF`.
 FIELDS = ("seen", "correct", "length", "truncated", "bounded", *epistemic.WORDS)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-    """How a set is evaluated; `from_config` explains the fields by the config's names."""
-
-    samples: int
-    sampling: SamplingParams
-    pass_at: tuple[int, ...]
-    seed: int = 0
-    grade_after_think: bool = True
-
-    @classmethod
-    def from_config(cls, c: ConfigDict) -> EvalConfig:
-        """Reads c.eval, c.data and c.seed. Raises ValueError naming a bad field."""
-        e = c.eval
-        if e.preset not in PRESETS:
-            raise ValueError(
-                f"config.eval.preset is {e.preset!r}, but must be one of "
-                f"{', '.join(map(repr, PRESETS))}"
-            )
-        values = {name: e[name] for name in ("temperature", "top_p", "max_new_tokens")}
-        samples = e.samples
-        if e.preset:
-            kind = {True: "thinking", False: "non_thinking"}[c.data.enable_thinking]
-            values = PAPER_SAMPLING[kind if e.preset == "paper" else e.preset]
-            values = values | {"max_new_tokens": PAPER_MAX_NEW_TOKENS}
-            samples = PAPER_SAMPLES
-        bad = [k for k in e.pass_at if not 1 <= k <= samples]
-        if bad:
-            raise ValueError(
-                f"config.eval.pass_at asks for pass@{bad[0]}, but only "
-                f"config.eval.samples = {samples} responses are drawn: raise it or drop that k"
-            )
-        return cls(
-            samples=samples,
-            sampling=SamplingParams(top_k=e.top_k, min_p=e.min_p, **values),
-            pass_at=tuple(e.pass_at) or (samples,),
-            seed=c.seed,
-            grade_after_think=e.grade_after_think,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,14 +243,17 @@ def _settings(cfg: EvalConfig) -> str:
     return f"{text}, top-k {s.top_k or 'off'}, at most {s.max_new_tokens} tokens, seed {cfg.seed}"
 
 
-def run(c: ConfigDict, workdir: str) -> None:
+def run(c: ConfigDict, workdir: str, stop: distributed.StopSignal | None = None) -> None:
     """mode='evaluate': evaluates `model.path` on `eval.sets` and writes the results to `eval/`."""
-    from sdjax import build  # which imports EvalConfig from here
-
+    if stop is not None:
+        stop.restore()  # there is nothing to save: a signal ends an evaluation
     parts, params = build.sampler(c, build.training_mesh(c))
     cfg, engine = parts.eval_cfg, parts.engine
     with parts.pool:
+        warn_about_golds(parts.eval_sets, parts.pool, c.reward.name)
         prepared = engine.prepare(params)
+        if c.rollout.warm_up:
+            engine.warm_up(prepared)
         result = evaluate(engine, prepared, parts.pool, parts.style, parts.eval_sets, cfg)
     folder = epath.Path(workdir) / "eval"
     write_results(result, cfg, c.model.path, folder)

@@ -31,6 +31,8 @@ MODULES = {
     "check_rewards": "sdjax.data.check",
 }
 
+TOGETHER = ("train", "sft", "evaluate")  # modes that all hosts of a slice run as one
+
 BASE_CONFIG = str(Path(config.__file__))
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -98,7 +100,7 @@ def main(argv: list[str]) -> None:
     try:
         config.check(c)
         run = importlib.import_module(MODULES[c.mode]).run
-        if c.mode in ("train", "sft"):  # these save and resume
+        if c.mode in TOGETHER:
             profiling.prepare(c, workdir)
             with distributed.session(c, workdir=workdir) as session:
                 run(c, workdir, session.stop)

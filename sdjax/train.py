@@ -63,6 +63,8 @@ def run(
     restored = checkpoints.restore(state)
     state = state if restored is None else restored
     start = int(state.step) // updates_per_batch(c)
+    if c.rollout.warm_up:
+        parts.engine.warm_up(build.full_params(state, parts.cfg))
     tracer = profiling.Tracer(c, workdir)
     with (
         parts.pool,

@@ -70,6 +70,9 @@ class FakePool:
         future.set_result(Verdict(last == gold, last, "ok"))
         return future
 
+    def score(self, responses, golds):
+        return [Verdict(gold != "unreadable", gold, "ok") for gold in golds]
+
 
 def problems(name, n):
     return [Problem(f"{name}-{i}", "question", "1") for i in range(n)]
@@ -219,18 +222,20 @@ def check_files(folder):
     assert json.loads((folder / "results.json").read_text())["model"] == "tiny"
 
 
-def test_mode_evaluate_leaves_numbers_table_and_responses(tmp_path, monkeypatch):
+def test_mode_evaluate_leaves_numbers_table_and_responses(tmp_path, monkeypatch, caplog):
+    """And names the golds that no response can meet."""
     c = small_evaluation()
     parts = types.SimpleNamespace(
         engine=FakeEngine(),
         pool=FakePool(),
         style=FakeStyle(),
-        eval_sets={"test": problems("a", 2)},
+        eval_sets={"test": [*problems("a", 1), Problem("a-1", "question", "unreadable")]},
         eval_cfg=evaluate.EvalConfig.from_config(c),
     )
     monkeypatch.setattr(build, "sampler", lambda c, mesh: (parts, None))
     evaluate.run(c, str(tmp_path))
     check_files(tmp_path / "eval")
+    assert "1 of 2 golds of evaluation set test fail" in caplog.text
 
 
 @pytest.mark.slow

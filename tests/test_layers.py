@@ -19,6 +19,7 @@ LAYERS = {
     "rewards": 1,
     "teacher": 1,
     "config": 1,
+    "eval_config": 1,
     "paper": 1,
     "validation": 1,
     "optimizer": 1,
@@ -45,6 +46,7 @@ LAYERS = {
 WITHOUT_JAX = (
     "sdjax.records",
     "sdjax.config",
+    "sdjax.eval_config",
     "sdjax.paper",
     "sdjax.validation",
     "sdjax.rewards",
