@@ -53,6 +53,9 @@ def get_config(arg: str = "") -> ConfigDict:
     c.sampling.max_new_tokens = 24
     c.rollout.slots = 32
     c.objective.distillation_topk = 16
+    # the paper's closing sentence turns this model to prose, a solution in brackets does not
+    c.teacher.context.template = "{prompt}{solution}{feedback}"
+    c.teacher.context.solution_template = " ({successful_previous_attempt})"
     c.teacher.context.max_len = 256
     c.optimizer.lr, c.optimizer.warmup_steps = 2e-4, 0
     c.train.steps = 12
