@@ -12,6 +12,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from sdjax.objectives.partition import log_sum_exp
 from sdjax.types import Array
 
 TAIL_FLOOR = 1e-7  # mass the reference leaves in the tail bucket when the top k holds everything
@@ -103,6 +104,6 @@ def close_support(logp_k: Array, tail: bool) -> Array:
 
 def entropy(logits: Array, log_z: Array | None = None) -> Array:
     """-sum_v p_v log p_v of softmax(logits) over the last axis; -inf logits count as zero mass."""
-    log_z = jax.nn.logsumexp(logits, -1) if log_z is None else log_z
+    log_z = log_sum_exp(logits) if log_z is None else log_z
     p = jnp.exp(logits - log_z[..., None])
     return log_z - jnp.where(p > 0, p * logits, 0.0).sum(-1)

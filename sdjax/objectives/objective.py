@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.objectives import advantages, divergence, policy_gradient
+from sdjax.objectives.partition import log_sum_exp
 from sdjax.objectives.topk import gather, top_k_ids
 from sdjax.types import Array
 
@@ -180,7 +181,7 @@ def support_logp(
     ids = top_k_ids(chooser, config.distillation_topk)
 
     def gathered(logits: Array) -> Array:
-        logp = gather(logits, ids) - jax.nn.logsumexp(logits, -1, keepdims=True)
+        logp = gather(logits, ids) - log_sum_exp(logits)[..., None]
         return divergence.close_support(logp, config.add_tail)
 
     return gathered(student_logits), gathered(teacher_logits)
@@ -245,13 +246,13 @@ def token_loss(
     None when the objective has no teacher.
     """
     student_logits = at_least_float32(student_logits) / knobs.temperature
-    log_z = jax.nn.logsumexp(student_logits, -1)
+    log_z = log_sum_exp(student_logits)
     logp = gather(student_logits, slots.targets[..., None])[..., 0] - log_z
     seen: dict[str, Array] = {"student_logp": logp}
     u = teacher_logp = None
     if config.uses_teacher:
         teacher_logits = jax.lax.stop_gradient(at_least_float32(teacher_logits)) / knobs.temperature
-        teacher_log_z = jax.nn.logsumexp(teacher_logits, -1)
+        teacher_log_z = log_sum_exp(teacher_logits)
         teacher_logp = gather(teacher_logits, slots.targets[..., None])[..., 0] - teacher_log_z
         seen["teacher_logp"] = teacher_logp
         # whoever has no teacher keeps its advantage: there the logits are of nothing
