@@ -188,6 +188,36 @@ def head_memory(vocab: int, width: int, tokens: tuple[int, ...], chunk: int) -> 
     return out
 
 
+def head_products(vocab: int, width: int, tokens: int) -> dict:
+    """What the parts of one head chunk take alone, best of 4: the machine's own limit."""
+    import jax
+    import jax.numpy as jnp
+
+    from sdjax.objectives.partition import log_sum_exp
+
+    weight, hidden = jnp.ones((vocab, width)), jnp.ones((tokens, width))
+    logits = jax.random.normal(jax.random.key(0), (tokens, vocab))
+    parts = {
+        "logits": (lambda w, h: jnp.einsum("td,vd->tv", h, w), weight, hidden),
+        "dhidden": (lambda w, x: jnp.einsum("tv,vd->td", x, w), weight, logits),
+        "dweight": (lambda h, x: jnp.einsum("tv,td->vd", x, h), hidden, logits),
+        "add_dweight": (jnp.add, weight, weight),
+        "log_sum_exp": (log_sum_exp, logits),
+        "log_sum_exp_gradient": (jax.grad(lambda x: log_sum_exp(x).sum()), logits),
+        "plain_log_sum_exp": (lambda x: jax.nn.logsumexp(x, -1), logits),
+    }
+    out = {"engine": "head-products", "tokens": tokens}
+    for name, (function, *given) in parts.items():
+        program, seconds = jax.jit(function), []
+        jax.block_until_ready(program(*given))
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready(program(*given))
+            seconds.append(time.perf_counter() - start)
+        out[f"{name}_s"] = round(min(seconds), 4)
+    return out
+
+
 def run_torch(algo: str, args: argparse.Namespace) -> dict:
     """The peers' PyTorch step in its own process and interpreter."""
     command = [args.torch_python, str(Path(args.peers) / "torch_step.py"), "--ckpt", args.ckpt]
@@ -205,6 +235,9 @@ def main() -> None:
     parser.add_argument("--ckpt", default="", help="Hugging Face folder of the model")
     parser.add_argument(
         "--memory", action="store_true", help="only compile the head at 1k, 4k and 16k tokens"
+    )
+    parser.add_argument(
+        "--products", action="store_true", help="only time the head's parts for 256, 512 tokens"
     )
     parser.add_argument("--algo", choices=("grpo", "sdpo", "both"), default="both")
     parser.add_argument(
@@ -233,8 +266,12 @@ def main() -> None:
         for line in head_memory(151936, 512, (1024, 4096, 16384), args.chunk):
             print(json.dumps(line), flush=True)
         return
+    if args.products:
+        for tokens in (256, 512):
+            print(json.dumps(head_products(151936, 512, tokens)), flush=True)
+        return
     if not args.ckpt:
-        parser.error("--ckpt is needed (or --memory)")
+        parser.error("--ckpt is needed (or --memory, --products)")
     algos = ("grpo", "sdpo") if args.algo == "both" else (args.algo,)
     lengths = ("equal", "skewed") if args.lengths == "both" else (args.lengths,)
     for kind, algo in itertools.product(lengths, algos):
