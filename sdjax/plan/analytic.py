@@ -21,8 +21,8 @@ MATRICES = ("w_q", "w_k", "w_v", "w_o", "w_gate", "w_up", "w_down")
 # Matrix products relative to one forward pass: backward costs two, and full rematerialisation one
 # more forward, except for the layer's last product, whose result the backward pass does not need.
 # Attention's forward is two products, its backward five; splash computes two of them twice, in its
-# kernels for dq and for dk and dv. The head has its gradient in the pass that computes it: logits, and
-# the gradients of the hidden states and of the weight.
+# kernels for dq and for dk and dv. The head computes logits once, and in the same pass the
+# gradients of the hidden states and of the weight.
 LAYER_PASSES = {"none": 3.0, "dots": 3.0, "full": 4.0}
 LAST = "w_down"
 ATTENTION_PASSES = {"none": 3.5, "dots": 4.5, "full": 4.5}
