@@ -85,11 +85,11 @@ def run(
             progress.update(step, metrics)
             guards.check_prob_error(metrics, c.guard.max_prob_error)
             guards.check_skipped(metrics, c.guard.max_skipped)
-            stopping = stop.agreed()
+            stopping = step < c.train.steps and stop.agreed()  # after the last, all is done
             if stopping or step % c.checkpoint.every == 0 or step == c.train.steps:
                 writer.flush()  # rows of a step are on disk before its checkpoint
                 checkpoints.save(step, state, metrics)
-            if stopping and step < c.train.steps:
+            if stopping:
                 return _stop(writer, checkpoints, progress, step, state)
     checkpoints.close()
     return _finish(c, parts, state, workdir)
