@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--row-len", type=int, default=512)
     parser.add_argument("--micro-rows", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=0)
-    parser.add_argument("--remat", default="full", choices=("none", "dots", "full"))
+    parser.add_argument("--remat", default="dots", choices=("none", "dots", "full"))
     parser.add_argument("--torch-python", default="", help="an interpreter that has torch")
     parser.add_argument(
         "--torch-micro", type=int, default=16, help="sequences per torch micro-batch"

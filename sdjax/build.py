@@ -109,15 +109,15 @@ def rollout_mesh(c: ConfigDict, local: Sequence[jax.Device] | None = None) -> Me
 
 
 def learner(c: ConfigDict, parts: Sampler, params: Params) -> tuple[Learner, TrainState]:
-    """The updating half of a run, and the state before its first step."""
+    """The updating half of a run, and the state before its first step; `params` are donated."""
     objective = ObjectiveConfig.from_config(c)
     optimizer = OptimizerConfig.from_config(c)
     config = step_lib.StepConfig.from_config(c, words=epistemic.WORDS)
-    state = step_lib.init_state(params, objective, optimizer, parts.mesh, c.teacher.kind)
     reference = None
     if c.log.kl_to_initial or objective.kl_coef:
         copy = jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(config.compute_dtype), tree))
         reference = copy(params)
+    state = step_lib.init_state(params, objective, optimizer, parts.mesh, c.teacher.kind)
     half = Learner(
         objective=objective,
         context=ContextConfig.from_config(c),

@@ -23,6 +23,9 @@ from sdjax.types import Array
 CHUNK_BYTES = 160 * 2**20  # float32 logits of one chunk on the CPU: 256 tokens of 152k entries
 CHUNK_BYTES_ACCELERATOR = 512 * 2**20  # larger matrix products keep the units busy
 MIN_SLOTS = 8
+# Entries whose logits' gradient a CPU multiplies at a time, from its cache; were it a power of two,
+# all rows would compete for the same cache sets.
+VOCAB_BLOCK = 4000
 
 
 @flax.struct.dataclass
@@ -86,17 +89,59 @@ def row_shards() -> int:
     return 1 if mesh.empty else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def _weight_gradient(dlogits_BRV: Array, hidden_BRD: Array, shards: int, dtype: Any) -> Array:
-    """Gradient of the head weight [shards, V, D], each device summing over its own rows only.
+def _add_gradients(
+    dlogits_BRV: Array, hidden_BRD: Array, weight_VD: Array, dweight_SVD: Array
+) -> tuple[Array, Array]:
+    """Gradient of the hidden states [B, R, D], and `dweight_SVD` plus that of the head weight.
 
-    Summed over the first axis once after the last chunk; a sum over devices per chunk would cost as
-    much time as the chunk itself.
+    In float32 or wider. Each of the S shards of rows adds up its own part: one sum over devices
+    follows after the last chunk, where a sum per chunk would cost as much time as the chunk itself.
     """
-    product = functools.partial(jnp.einsum, preferred_element_type=dtype)
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return _add_gradients_whole(dlogits_BRV, hidden_BRD, weight_VD, dweight_SVD)
+    return jax.lax.platform_dependent(
+        dlogits_BRV,
+        hidden_BRD,
+        weight_VD,
+        dweight_SVD,
+        cpu=_add_gradients_by_blocks,
+        default=_add_gradients_whole,
+    )
+
+
+def _add_gradients_whole(dlogits_BRV, hidden_BRD, weight_VD, dweight_SVD):
+    """`_add_gradients` as two products over the whole vocabulary."""
+    shards = len(dweight_SVD)
+    product = functools.partial(jnp.einsum, preferred_element_type=dweight_SVD.dtype)
+    dhidden_BRD = product("brv,vd->brd", dlogits_BRV, weight_VD)
     if shards == 1:
-        return product("brv,brd->vd", dlogits_BRV, hidden_BRD)[None]
-    split = lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
-    return constrain(product("sbrv,sbrd->svd", split(dlogits_BRV), split(hidden_BRD)), "BV1")
+        dweight = product("brv,brd->vd", dlogits_BRV, hidden_BRD)[None]
+    else:
+        split = lambda x: x.reshape(shards, x.shape[0] // shards, *x.shape[1:])
+        dweight = product("sbrv,sbrd->svd", split(dlogits_BRV), split(hidden_BRD))
+        dweight = constrain(dweight, "BV1")
+    return dhidden_BRD, dweight_SVD + dweight
+
+
+def _add_gradients_by_blocks(dlogits_BRV, hidden_BRD, weight_VD, dweight_SVD):
+    """`_add_gradients` block by block of the vocabulary, for one CPU.
+
+    Its matrix products pack their operands anew at each call and do not block long sums, so that
+    whole products are a sixth slower and need the space of two more head weights.
+    """
+    V = weight_VD.shape[0]
+    block = min(VOCAB_BLOCK, V)
+
+    def add(start: Array | int, size: int, dhidden: Array, dweight: Array) -> tuple[Array, Array]:
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+        more, new = _add_gradients_whole(
+            cut(dlogits_BRV, 2), hidden_BRD, cut(weight_VD, 0), cut(dweight, 1)
+        )
+        return dhidden + more, jax.lax.dynamic_update_slice_in_dim(dweight, new, start, 1)
+
+    carry = jnp.zeros(hidden_BRD.shape, dweight_SVD.dtype), dweight_SVD
+    carry = jax.lax.fori_loop(0, V // block, lambda i, c: add(i * block, block, *c), carry)
+    return add(V - V % block, V % block, *carry) if V % block else carry
 
 
 def _slice(tree: Any, start: Array, size: int) -> Any:
@@ -183,9 +228,8 @@ def _loop(
             (value, measured), dlogits = jax.value_and_grad(chunk_loss, has_aux=True)(logits)
             dlogits = constrain(dlogits, "B1V").astype(hidden.dtype)
             dhidden, dweight = grads
-            d = jnp.einsum("brv,vd->brd", dlogits, weight, preferred_element_type=dtype)
-            dhidden = jax.lax.dynamic_update_slice_in_dim(dhidden, d, start, 1)
-            grads = (dhidden, dweight + _weight_gradient(dlogits, hidden_part, shards, dtype))
+            d, dweight = _add_gradients(dlogits, hidden_part, weight, dweight)
+            grads = (jax.lax.dynamic_update_slice_in_dim(dhidden, d, start, 1), dweight)
         else:
             value, measured = chunk_loss(logits)
         seen = {

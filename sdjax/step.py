@@ -107,7 +107,8 @@ def init_state(
     """The state before the first update: teacher weights are a copy of the initial ones.
 
     `params` (with adapters when `model_cfg.lora` is set) keep their shardings; moments get those of
-    their parameters, counters are replicated.
+    their parameters, counters are replicated. What is trained of `params` is donated: on a CPU,
+    loaded arrays belong to numpy and the first step would hold them twice.
     """
     whole = replicated(mesh)
     # what is not yet placed on the mesh would compile the step a second time
@@ -115,15 +116,16 @@ def init_state(
     trained, frozen = lora.split(jax.tree.map(place, params))
     adam = make_optimizer(optimizer)
 
-    def build(trained: Params) -> tuple[Any, Params | None]:
+    def build(trained: Params) -> tuple[Params, Any, Params | None]:
         own = has_own_teacher(objective, teacher_kind, frozen)
-        return adam.init(trained), jax.tree.map(jnp.copy, trained) if own else None
+        return trained, adam.init(trained), jax.tree.map(jnp.copy, trained) if own else None
 
     places = jax.tree.map(lambda x: x.sharding, trained)
-    abstract_opt, abstract_teacher = jax.eval_shape(build, trained)
+    _, abstract_opt, abstract_teacher = jax.eval_shape(build, trained)
     opt_places = like_params(abstract_opt, trained, places, whole)
     teacher_places = None if abstract_teacher is None else places
-    opt_state, teacher = jax.jit(build, out_shardings=(opt_places, teacher_places))(trained)
+    init = jax.jit(build, donate_argnums=0, out_shardings=(places, opt_places, teacher_places))
+    trained, opt_state, teacher = init(trained)
     zero = lambda: jax.device_put(jnp.zeros((), jnp.int32), whole)
     return TrainState(
         step=zero(),

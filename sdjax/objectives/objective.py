@@ -17,6 +17,7 @@ advantages computed on the host (RLCSD) and context choice live in the weights a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -25,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from sdjax.objectives import advantages, divergence, policy_gradient
-from sdjax.objectives.partition import log_sum_exp
-from sdjax.objectives.topk import gather, top_k_ids
+from sdjax.objectives.distribution import Distribution
+from sdjax.objectives.topk import top_k_ids
 from sdjax.types import Array
 
 SUPPORTS = ("full", "student_topk", "teacher_topk", "sampled")
@@ -162,13 +163,8 @@ class Slots:
     rollout_weight: Array | None = None  # given instead of computed from sampler_logp
 
 
-def at_least_float32(x: Array) -> Array:
-    """bfloat16 and float16 become float32; float32 and float64 stay."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
 def support_logp(
-    student_logits: Array, teacher_logits: Array, config: ObjectiveConfig
+    student: Distribution, teacher: Distribution, config: ObjectiveConfig
 ) -> tuple[Array, Array]:
     """Log-probabilities of both on the support of the divergence, [..., K'].
 
@@ -176,20 +172,16 @@ def support_logp(
     renormalised. The ids are the student's own (or the teacher's) and carry no gradient.
     """
     if config.support == "full":
-        return jax.nn.log_softmax(student_logits, -1), jax.nn.log_softmax(teacher_logits, -1)
-    chooser = teacher_logits if config.support == "teacher_topk" else student_logits
-    ids = top_k_ids(chooser, config.distillation_topk)
-
-    def gathered(logits: Array) -> Array:
-        logp = gather(logits, ids) - log_sum_exp(logits)[..., None]
-        return divergence.close_support(logp, config.add_tail)
-
-    return gathered(student_logits), gathered(teacher_logits)
+        return student.logp(), teacher.logp()
+    chooser = teacher if config.support == "teacher_topk" else student
+    ids = top_k_ids(chooser.logits, config.distillation_topk)
+    close = functools.partial(divergence.close_support, tail=config.add_tail)
+    return close(student.logp_at(ids)), close(teacher.logp_at(ids))
 
 
 def distill_terms(
-    student_logits: Array,
-    teacher_logits: Array,
+    student: Distribution,
+    teacher: Distribution,
     student_logp: Array,
     teacher_logp: Array,
     config: ObjectiveConfig,
@@ -203,7 +195,7 @@ def distill_terms(
     if config.support == "sampled":
         terms = jax.lax.stop_gradient(student_logp - teacher_logp) * student_logp
     else:
-        pair = support_logp(student_logits, teacher_logits, config)
+        pair = support_logp(student, teacher, config)
         terms = divergence.divergence(*pair, config.alpha, knobs.elem_clip)
     return divergence.clamp_max(terms, knobs.token_clip)
 
@@ -245,26 +237,24 @@ def token_loss(
     Logits are [..., V] before temperature; arithmetic is float32 or wider. `teacher_logits` may be
     None when the objective has no teacher.
     """
-    student_logits = at_least_float32(student_logits) / knobs.temperature
-    log_z = log_sum_exp(student_logits)
-    logp = gather(student_logits, slots.targets[..., None])[..., 0] - log_z
+    student = Distribution.of(student_logits, knobs.temperature)
+    logp = student.logp_at(slots.targets[..., None])[..., 0]
     seen: dict[str, Array] = {"student_logp": logp}
-    u = teacher_logp = None
+    teacher = u = teacher_logp = None
     if config.uses_teacher:
-        teacher_logits = jax.lax.stop_gradient(at_least_float32(teacher_logits)) / knobs.temperature
-        teacher_log_z = log_sum_exp(teacher_logits)
-        teacher_logp = gather(teacher_logits, slots.targets[..., None])[..., 0] - teacher_log_z
+        teacher = Distribution.of(jax.lax.stop_gradient(teacher_logits), knobs.temperature)
+        teacher_logp = teacher.logp_at(slots.targets[..., None])[..., 0]
         seen["teacher_logp"] = teacher_logp
         # whoever has no teacher keeps its advantage: there the logits are of nothing
         u = jnp.where(slots.distill_weight > 0, teacher_logp - logp, 0.0)
     if config.with_entropy or config.entropy_coef:
-        seen["student_entropy"] = divergence.entropy(student_logits, log_z)
+        seen["student_entropy"] = student.entropy()
         if config.uses_teacher:
-            seen["teacher_entropy"] = divergence.entropy(teacher_logits, teacher_log_z)
+            seen["teacher_entropy"] = teacher.entropy()
     loss = jnp.zeros_like(logp)
     sampler = sampler_weight(logp, slots, config, knobs)
     if config.uses_distillation:
-        terms = distill_terms(student_logits, teacher_logits, logp, teacher_logp, config, knobs)
+        terms = distill_terms(student, teacher, logp, teacher_logp, config, knobs)
         seen["divergence"] = terms
         if slots.old_logp is not None and math.isfinite(config.is_clip):
             terms = terms * policy_gradient.ratio_weight(logp, slots.old_logp, knobs.is_clip)

@@ -23,6 +23,22 @@ def test_value_and_gradient_are_those_of_logsumexp(vocab):
         np.testing.assert_allclose(gradient, jax.grad(plain)(x), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("vocab", [4096, 64])
+def test_dividing_by_a_temperature_inside_is_dividing_before(vocab):
+    """Catches a maximum, a sum or a gradient that forgets the temperature."""
+    with jax.enable_x64():
+        x = jnp.asarray(np.random.default_rng(vocab).normal(size=(2, 3, vocab)) * 30)
+        x = x.at[0, 0].set(-jnp.inf).at[1, 1, 7].set(-jnp.inf)
+        inside = lambda x, t: partition.log_sum_exp(x, t)
+        before = lambda x, t: jax.nn.logsumexp(x / t, -1)
+        for temperature in (0.7, jnp.asarray(1.3)):
+            np.testing.assert_allclose(
+                jax.jit(inside)(x, temperature), before(x, temperature), rtol=1e-13
+            )
+            total = lambda f, t=temperature: jax.jit(jax.grad(lambda x: f(x, t)[:, 1:].sum()))(x)
+            np.testing.assert_allclose(total(inside), total(before), rtol=1e-12, atol=1e-15)
+
+
 def test_a_large_vocabulary_is_summed_by_blocks():
     """Catches a fallback that is taken where the blocks were meant, or the other way round."""
     text = lambda vocab: str(jax.make_jaxpr(partition.log_sum_exp)(jnp.zeros((2, vocab))))

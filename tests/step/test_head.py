@@ -102,6 +102,36 @@ def test_gradients_of_hidden_and_weight_equal_autodiff(chunk):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("vocab", [40, 41, 80])
+def test_blocks_of_the_vocabulary_give_the_gradients_of_the_whole(vocab, monkeypatch):
+    """A block that is lost, counted twice or put elsewhere, the short last one above all."""
+    monkeypatch.setattr(head, "VOCAB_BLOCK", 20)
+    hidden, _, weight, _ = random_problem(V=vocab)
+    keys = jax.random.split(jax.random.key(1))
+    dlogits = jax.random.normal(keys[0], (*hidden.shape[:2], vocab))
+    dweight = jax.random.normal(keys[1], (1, *weight.shape))
+    args = (dlogits, hidden, weight, dweight)
+    expected = head._add_gradients_whole(*args)
+    actual = compiled(head._add_gradients, *args)
+    for a, b in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_on_a_cpu_the_logits_gradient_is_multiplied_by_blocks():
+    """A choice of the platform that leaves the loop over blocks out where it was meant."""
+    hidden, other, weight, slots = random_problem(V=2 * head.VOCAB_BLOCK)
+    dweight = jnp.zeros((1, *weight.shape))
+    dlogits = jnp.zeros((*hidden.shape[:2], len(weight)))
+    args = (dlogits, hidden, weight, dweight)
+    whole = f"tensor<{len(weight)}x{weight.shape[1]}xf32>"
+    products = [
+        line
+        for line in jax.jit(head._add_gradients).lower(*args).as_text().splitlines()
+        if "dot_general" in line
+    ]
+    assert products and not any(whole in line for line in products)
+
+
 def test_trust_region_teacher_mixes_logits():
     """Mixing probabilities, or hidden states, instead of logits."""
     hidden, other, weight, _ = random_problem()
