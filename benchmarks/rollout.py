@@ -211,15 +211,14 @@ def run_longest(args) -> None:
     report("longest", args, runs, first, tokens, slots=args.slots, occupancy=occupancy)
 
 
-def mix(layer, x_B1D, attend):
+def mix(cfg, layer, x_B1D, attend):
     """One layer's matrix products, without norms, rotations and activations."""
-    from sdjax.models.decoder import product
+    from sdjax.models.decoder import gate_and_up, product, query_key_value
 
-    q_B1HC = product(x_B1D, layer, "w_q", "btd,dhc->bthc")
-    for name in ("w_k", "w_v"):
-        q_B1HC = q_B1HC + product(x_B1D, layer, name, "btd,dnc->btnc").sum()
+    q_B1HC, k_B1NC, v_B1NC = query_key_value(x_B1D, layer, cfg)
+    q_B1HC = q_B1HC + k_B1NC.sum() + v_B1NC.sum()
     x_B1D = x_B1D + product(attend(q_B1HC), layer, "w_o", "bthc,hcd->btd")
-    gate, up = (product(x_B1D, layer, name, "btd,df->btf") for name in ("w_gate", "w_up"))
+    gate, up = gate_and_up(x_B1D, layer)
     return x_B1D + product(gate * up, layer, "w_down", "btf,fd->btd")
 
 
@@ -231,7 +230,7 @@ def prompt_seconds(engine, weights, tokens: int) -> float:
     @jax.jit
     def products(layers, x_B1D):
         for layer in layers:
-            x_B1D = mix(layer, x_B1D, lambda q_B1HC: q_B1HC)
+            x_B1D = mix(engine.model_cfg, layer, x_B1D, lambda q_B1HC: q_B1HC)
         return x_B1D
 
     x_B1D = jnp.ones((tokens, 1, engine.model_cfg.d_model)) * 1e-3
@@ -258,7 +257,7 @@ def time_step(params, cfg, rows: int, seen: int, weight_left: bool):
                 score = jnp.einsum("bngc,bncs->bngs", q_BNGC, k)
                 return jnp.einsum("bngs,bnsc->bngc", score, v).reshape(q_B1HC.shape)
 
-            x_B1D = mix(layer, x_B1D, attend)
+            x_B1D = mix(cfg, layer, x_B1D, attend)
         if weight_left:
             return decoder.vocab_first_logits(params, x_B1D[:, 0], cfg)
         return decoder.logits(params, x_B1D, cfg)

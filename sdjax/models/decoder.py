@@ -147,13 +147,14 @@ def product(x: Array, layer: Params, name: str, equation: str) -> Array:
     """
     if name in layer:
         return _multiply(x, layer[name].astype(x.dtype), equation)
-    rows, weight, out = equation.replace("->", ",").split(",")
-    kept = "".join(letter for letter in weight if letter in out)
-    turned = kept + "".join(letter for letter in weight if letter not in out)
     weight = layer["t" + name].astype(x.dtype)
+    inputs = x.ndim - 2
+    outputs = weight.shape[: weight.ndim - inputs]
+    # one axis of inputs: einsum sums over several in an order for which XLA turns the weights
+    x_BTI, weight = x.reshape(*x.shape[:2], -1), weight.reshape(*outputs, -1)
     if x.shape[0] * x.shape[1] > FEW_ROWS:
-        return jnp.einsum(f"{rows},{turned}->{out}", x, weight)
-    y = jnp.einsum(f"{turned},{rows}->{kept}{rows[:2]}", weight, x)
+        return jnp.tensordot(x_BTI, weight, (-1, -1))
+    y = jnp.tensordot(weight, x_BTI, (-1, -1))
     return jnp.moveaxis(jax.lax.optimization_barrier(y), (-2, -1), (0, 1))
 
 
@@ -187,23 +188,48 @@ def _multiply_backward(equation, saved, d_out_BT):
 _multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
-def output_first(layer: Params, turn: Callable[[Any, int], Any] | None = None) -> Params:
+def query_key_value(x_BTD: Array, layer: Params, cfg: ModelConfig) -> tuple[Array, ...]:
+    """The products x W of the three projections, q [B, T, H, C], k and v [B, T, N, C]."""
+    if "tw_qkv" in layer:
+        joint = product(x_BTD, layer, "w_qkv", "btd,dhc->bthc")
+        return tuple(jnp.split(joint, (cfg.n_heads, cfg.n_heads + cfg.n_kv_heads), axis=2))
+    return tuple(product(x_BTD, layer, name, "btd,dhc->bthc") for name in ("w_q", "w_k", "w_v"))
+
+
+def gate_and_up(x_BTD: Array, layer: Params) -> tuple[Array, ...]:
+    """The products x W of the two branches of the feed-forward part, [B, T, F] each."""
+    if "tw_gate_up" in layer:
+        return tuple(jnp.split(product(x_BTD, layer, "w_gate_up", "btd,df->btf"), 2, axis=2))
+    return tuple(product(x_BTD, layer, name, "btd,df->btf") for name in ("w_gate", "w_up"))
+
+
+def output_first(layer: Params) -> Params:
     """One unstacked layer with its matrices as [output, input], under the names t`name`.
 
-    `turn(leaf, n)` moves the first n axes of a leaf to its end; of arrays when None.
+    What reads the same input is one matrix, tw_qkv [H + 2 N, C, D] and tw_gate_up [2 F, D], for
+    fewer and larger products. For sampling: adapters must be merged before.
     """
-    turn = turn or (lambda leaf, n: leaf.transpose(*range(n, leaf.ndim), *range(n)))
-    return {
-        ("t" + name if name in INPUT_AXES else name): (
-            turn(leaf, INPUT_AXES[name]) if name in INPUT_AXES else leaf
-        )
-        for name, leaf in layer.items()
-    }
+    turn = lambda leaf, n: leaf.transpose(*range(n, leaf.ndim), *range(n))
+    turned = {name: turn(layer[name], n) for name, n in INPUT_AXES.items()}
+    join = lambda *names: jnp.concatenate([turned.pop(name) for name in names])
+    joint = {"tw_qkv": join("w_q", "w_k", "w_v"), "tw_gate_up": join("w_gate", "w_up")}
+    rest = {name: leaf for name, leaf in layer.items() if name not in INPUT_AXES}
+    return rest | joint | {"t" + name: leaf for name, leaf in turned.items()}
+
+
+def output_first_letters(letters: dict[str, str]) -> dict[str, str]:
+    """The same for the axis letters of a layer; joint outputs stay whole."""
+    rest = {name: text for name, text in letters.items() if name not in INPUT_AXES}
+    return rest | {"tw_qkv": "1CD", "tw_gate_up": "1D", "tw_o": "DHC", "tw_down": "DF"}
 
 
 def _linear(x: Array, layer: Params, name: str, equation: str, cfg: ModelConfig, key) -> Array:
     """x W, plus bias and low-rank adapter where there are any; `name` is the leaf's without w_."""
-    y = product(x, layer, "w_" + name, equation)
+    return _adapt(product(x, layer, "w_" + name, equation), x, layer, name, equation, cfg, key)
+
+
+def _adapt(y, x, layer: Params, name: str, equation: str, cfg: ModelConfig, key) -> Array:
+    """The product `y` = x W with its bias and low-rank adapter added."""
     bias = layer.get("b_" + name)
     if bias is not None:
         y = y + bias.astype(x.dtype)
@@ -222,9 +248,10 @@ def _linear(x: Array, layer: Params, name: str, equation: str, cfg: ModelConfig,
 
 
 def _attention(x, layer, angles, window, state, cfg, attend: Attend, keys):
-    q_BTHC = _linear(x, layer, "q", "btd,dhc->bthc", cfg, keys[0])
-    k_BTNC = _linear(x, layer, "k", "btd,dnc->btnc", cfg, keys[1])
-    v_BTNC = _linear(x, layer, "v", "btd,dnc->btnc", cfg, keys[2])
+    q_BTHC, k_BTNC, v_BTNC = query_key_value(x, layer, cfg)
+    q_BTHC = _adapt(q_BTHC, x, layer, "q", "btd,dhc->bthc", cfg, keys[0])
+    k_BTNC = _adapt(k_BTNC, x, layer, "k", "btd,dnc->btnc", cfg, keys[1])
+    v_BTNC = _adapt(v_BTNC, x, layer, "v", "btd,dnc->btnc", cfg, keys[2])
     if cfg.qk_norm != "none":
         axes = -1 if cfg.qk_norm == "head" else (-2, -1)
         q_BTHC = rms_norm(q_BTHC, layer["q_norm"], cfg.norm_eps, axes)
@@ -237,8 +264,9 @@ def _attention(x, layer, angles, window, state, cfg, attend: Attend, keys):
 
 
 def _mlp(x, layer, cfg, keys):
-    gate_BTF = _linear(x, layer, "gate", "btd,df->btf", cfg, keys[4])
-    up_BTF = _linear(x, layer, "up", "btd,df->btf", cfg, keys[5])
+    gate_BTF, up_BTF = gate_and_up(x, layer)
+    gate_BTF = _adapt(gate_BTF, x, layer, "gate", "btd,df->btf", cfg, keys[4])
+    up_BTF = _adapt(up_BTF, x, layer, "up", "btd,df->btf", cfg, keys[5])
     return _linear(jax.nn.silu(gate_BTF) * up_BTF, layer, "down", "btf,fd->btd", cfg, keys[6])
 
 

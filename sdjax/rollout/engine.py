@@ -185,7 +185,7 @@ class Engine:
         place = functools.partial(self.buckets.weight_sharding, self.mesh)
         layer = jax.tree.map(lambda text: text.removeprefix("L"), letters.pop("layers"))
         if self.static.output_first:
-            layer = decoder.output_first(layer, lambda text, n: text[n:] + text[:n])
+            layer = decoder.output_first_letters(layer)
         letters["layers"] = (layer,) * self.static.model.n_layers
         return jax.tree.map(place, letters)
 
