@@ -273,6 +273,24 @@ def test_the_step_consumes_its_state(trainer):
     assert all(x.is_deleted() for x in old)
 
 
+def test_parameters_loaded_from_files_are_held_once(trainer):
+    """Arrays that belong to numpy, as loaded ones do on a CPU, cannot become the next state's."""
+    train, _, batch, scalars = trainer
+    mesh, objective = small.one_device(), ObjectiveConfig(distillation_topk=5)
+    loaded = jax.tree.map(
+        lambda x: jax.make_array_from_callback(
+            x.shape, parallel.replicated(mesh), lambda index, x=x: np.array(x)[index]
+        ),
+        cast(small.params(), jnp.float32),
+    )
+    state = step.init_state(loaded, objective, small.OPTIMIZER, mesh, "ema")
+    assert all(x.is_deleted() for x in jax.tree.leaves(loaded))
+    place = lambda state: state.params["embed"].unsafe_buffer_pointer()
+    before = place(state)
+    state, _ = train(state, batch, scalars)
+    assert place(state) == before
+
+
 def test_measured_waste_is_the_packers(trainer):
     """Fractions over spare micro-batches too, or over those that run no teacher."""
     train, fresh, batch, scalars = trainer
