@@ -257,17 +257,15 @@ def _shards(mesh: Mesh) -> int:
 def prefill(s: Setup) -> Callable[[], Any]:
     """Lowers the largest prefill of one host."""
     static, weights = rollout_static(s)
-    buckets = s.engine.buckets(_shards(s.rollout_mesh))
-    rows, padded = buckets.prefill_rows(buckets.prompts[-1]), buckets.prompts[-1]
+    shape = s.engine.buckets(_shards(s.rollout_mesh)).largest_prefill
     whole = parallel.replicated(s.rollout_mesh)
-    tokens = jax.ShapeDtypeStruct((rows, padded), jnp.int32, sharding=whole)
-    lengths = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+    integers = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=whole)
     layers = [kv.shardings(static.cache, s.rollout_mesh)] * static.model.n_layers
     function = functools.partial(rollout_programs.prefill, static=static)
 
     def lower() -> Any:
         with jax.set_mesh(s.rollout_mesh):
-            return jax.jit(function, out_shardings=layers).lower(weights, tokens, lengths)
+            return jax.jit(function, out_shardings=layers).lower(weights, *[integers] * 3)
 
     return lower
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -207,10 +208,9 @@ def _phases(s: programs.Setup, done: dict[str, programs.Program]) -> list[Phase]
     responses = c.batch.prompts * c.batch.group_size
     phases = []
     if done.get("prefill") and done["prefill"].compiled:
-        buckets = s.engine.buckets(_row_shards(s))
-        rows = buckets.prefill_rows(buckets.prompts[-1])
+        batch = math.prod(s.engine.buckets(_row_shards(s)).largest_prefill)
         costs = hlo.count(done["prefill"].text)
-        times = c.batch.prompts / s.hosts / rows
+        times = c.batch.prompts / s.hosts * s.engine.max_prompt_len / batch
         phases.append(Phase.of("prefill", times, costs, chip))
     if done.get("decode") and done["decode"].compiled:
         chunk = s.engine.chunk

@@ -25,10 +25,11 @@ class EngineConfig:
     early when `refill_fraction` of the slots are free and something waits. Prompts longer than
     `max_prompt_len` are dropped or cut on the left (`on_long_prompt`). The cache starts with
     `first_length` columns and doubles; when nothing waits, slots are halved up to `row_halvings`
-    times. `prefill_tokens` bounds a prefill batch (prompts times padded length). `cache_dtype` is
-    "auto" (the compute dtype), "float32", "bfloat16" or "int8"; `candidates` the number of logits
-    that truncation looks at before its exact fallback. `cache_layout` is "rows", "pages", or
-    "auto": pages on TPUs where the kernel takes the model.
+    times. `prefill_tokens` bounds a prefill batch (rows of packed prompts times their length),
+    unless one prompt alone is longer. `cache_dtype` is "auto" (the compute dtype), "float32",
+    "bfloat16" or "int8"; `candidates` the number of logits that truncation looks at before its
+    exact fallback. `cache_layout` is "rows", "pages", or "auto": pages on TPUs where the kernel
+    takes the model.
     """
 
     slots: int = 64
@@ -127,14 +128,25 @@ class EngineConfig:
         lengths = [_round_up(min(self.first_length, self.max_length), 32)]
         while lengths[-1] < self.max_length:
             lengths.append(min(2 * lengths[-1], _round_up(self.max_length, 32)))
-        longest_prompt = max(1, self.max_prompt_len - 1)
-        prompts = [min(32, _round_up(longest_prompt, 8))]
-        while prompts[-1] < longest_prompt:  # 32, 48, 64, 96, 128, ...: at most a third is padding
-            halfway = prompts[-1] % 3 != 0
-            longer = prompts[-1] * 3 // 2 if halfway else prompts[-1] * 4 // 3
-            prompts.append(min(longer, _round_up(longest_prompt, 16)))
-        prompts = [min(p, lengths[-1]) for p in prompts]
-        return Buckets(tuple(rows), tuple(lengths), tuple(prompts), self.prefill_tokens, shards)
+        return Buckets(tuple(rows), tuple(lengths), self._prefills(shards), shards)
+
+    def _prefills(self, shards: int) -> tuple[tuple[int, int], ...]:
+        """All (rows, columns) of a prefill: full ones, an eighth and a 32nd of that for latecomers.
+
+        Rows are as long as four of the longest prompts at most: a row that several prompts share
+        is filled well, one that many share pays for attention that it masks.
+        """
+        longest = max(1, self.max_prompt_len - 1)
+        most = max(longest, min(4 * longest, self.prefill_tokens // shards))
+        columns = [min(64, _round_up(longest, 8))]
+        while columns[-1] < most:
+            columns.append(min(2 * columns[-1], _round_up(most, 16)))
+        shapes = []
+        for length in columns:
+            full = _round_up(min(max(1, self.prefill_tokens // length), self.slots), shards)
+            sizes = {_round_up(max(1, full // parts), shards) for parts in (32, 8, 1)}
+            shapes += [(rows, length) for rows in sorted(sizes)]
+        return tuple(shapes)
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -143,42 +155,21 @@ def _round_up(value: int, multiple: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Buckets:
-    """Ascending lists of slot counts, cache lengths and padded prompt lengths."""
+    """Ascending slot counts and cache lengths, and the (rows, columns) of prefill."""
 
     rows: tuple[int, ...]
     lengths: tuple[int, ...]
-    prompts: tuple[int, ...]
-    prefill_tokens: int
+    prefills: tuple[tuple[int, int], ...]
     shards: int
 
     def rows_for(self, responses: int) -> int:
         """The fewest slots that hold `responses`, or all there are."""
         return next((r for r in self.rows if r >= responses), self.rows[-1])
 
-    def prompt_for(self, tokens: int) -> int:
-        """The padded length of a prompt."""
-        return next(p for p in self.prompts if p >= tokens)
-
-    def prefill_rows(self, padded: int) -> int:
-        """Prompts in the largest prefill batch at this padded length."""
-        return _round_up(min(max(1, self.prefill_tokens // padded), self.rows[-1]), self.shards)
-
-    def prefill_sizes(self, padded: int) -> tuple[int, ...]:
-        """Batch sizes compiled at this length: a small one for latecomers, and a full one."""
-        full = self.prefill_rows(padded)
-        small = _round_up(max(1, full // 8), self.shards)
-        return (small, full) if small < full else (full,)
-
-    def prefill_size(self, prompts: int, padded: int) -> int:
-        """The batch size for so many prompts: full ones while they last, then small ones."""
-        return max(
-            (size for size in self.prefill_sizes(padded) if size <= prompts),
-            default=self.prefill_sizes(padded)[0],
-        )
-
-    def prefills(self) -> list[tuple[int, int]]:
-        """All (rows, padded length) of prefill."""
-        return [(size, p) for p in self.prompts for size in self.prefill_sizes(p)]
+    @property
+    def largest_prefill(self) -> tuple[int, int]:
+        """The (rows, columns) with the most tokens, of these the longest rows."""
+        return max(self.prefills, key=lambda shape: (shape[0] * shape[1], shape[1]))
 
     def longer(self, length: int) -> int:
         """The next cache length."""

@@ -246,15 +246,25 @@ def merge(layer: Layer, buffer: Layer, length_B: Int[Array, " B"], spec: CacheSp
 
 
 def insert(
-    layer: Layer, prompts: Layer, source_B: Int[Array, " B"], fill_B: Bool[Array, " B"]
+    layer: Layer,
+    prompts: Layer,
+    source_B: Int[Array, " B"],
+    start_B: Int[Array, " B"],
+    fill_B: Bool[Array, " B"],
 ) -> Layer:
-    """Copies the prompt in row `source_B[b]` of `prompts` to the start of row b, where `fill_B`."""
+    """Copies the prompt at column `start_B[b]` of row `source_B[b]` of `prompts` to the start of
+    row b, where `fill_B`; what lies behind the prompt there is copied with it.
+    """
 
     def one(name: str) -> Array:
         old, axis = layer[name], LETTERS[name].index("S")
-        chosen = jnp.take(prompts[name], source_B, axis=0)
+        width = min(prompts[name].shape[axis], old.shape[axis])
+        padding = [(0, width if i == axis else 0) for i in range(old.ndim)]
+        row_PX = jnp.pad(prompts[name], padding)  # no slice is moved back from the end
+        cut = lambda row, start: lax.dynamic_slice_in_dim(row_PX[row], start, width, axis - 1)
+        chosen = jax.vmap(cut)(source_B, start_B)
         fill = fill_B.reshape(-1, *[1] * (old.ndim - 1))
-        start = lax.slice_in_dim(old, 0, chosen.shape[axis], axis=axis)
+        start = lax.slice_in_dim(old, 0, width, axis=axis)
         return lax.dynamic_update_slice_in_dim(old, jnp.where(fill, chosen, start), 0, axis)
 
     return {name: one(name) for name in layer}

@@ -30,7 +30,7 @@ from sdjax.models.config import ModelConfig
 from sdjax.parallel import replicated, to_process
 from sdjax.records import Completion, Request
 from sdjax.rollout import cache as kv
-from sdjax.rollout import memory, programs
+from sdjax.rollout import memory, programs, prompts
 from sdjax.rollout.buckets import EngineConfig
 from sdjax.rollout.table import Response, Table
 from sdjax.types import Params
@@ -50,8 +50,7 @@ class _Prefilled:
     """A batch of prompts on the device, and the responses that still wait for a slot."""
 
     layers: list[kv.Layer]
-    padded: int
-    waiting: collections.deque  # of (row in the batch, Response)
+    waiting: collections.deque  # of ((row, column) of its prompt in the batch, Response)
 
 
 class Engine:
@@ -118,10 +117,10 @@ class Engine:
         weights = self.prepare(params).params
         started = time.perf_counter()
         with jax.set_mesh(self.mesh):
-            prompts = [self._warm_prefill(weights, *shape) for shape in self.buckets.prefills()]
+            batches = [self._warm_prefill(weights, shape) for shape in self.buckets.prefills]
             for rows in self.buckets.rows:
                 for length in self.buckets.lengths:
-                    self._warm_cache(weights, rows, length, prompts)
+                    self._warm_cache(weights, rows, length, batches)
         log.info(
             "rollout warm-up: %d programs in %.1f s",
             self.compilations,
@@ -129,17 +128,16 @@ class Engine:
         )
         return self.compilations
 
-    def _warm_prefill(self, weights, rows: int, padded: int):
-        tokens_PT = np.full((rows, padded), self.pad_id, np.int32)
-        return padded, self._call("prefill", weights, tokens_PT, np.ones(rows, np.int32))
+    def _warm_prefill(self, weights, shape: tuple[int, int]) -> list[kv.Layer]:
+        return self._call("prefill", weights, *(np.zeros(shape, np.int32) for _ in range(3)))
 
-    def _warm_cache(self, weights, rows: int, length: int, prompts) -> None:
+    def _warm_cache(self, weights, rows: int, length: int, batches) -> None:
         layers = self._call("empty", rows, length)
         layers = [layers] + [self._empty(rows, length) for _ in range(self.spec.n_layers - 1)]
-        for padded, batch in prompts:
-            if padded <= length:
-                none = np.zeros(rows, np.int32), np.zeros(rows, bool)
-                layers[0] = self._call("insert", layers[0], batch[0], *none)
+        nowhere_B = np.zeros(rows, np.int32)
+        for batch in batches:
+            none = nowhere_B, nowhere_B, np.zeros(rows, bool)
+            layers[0] = self._call("insert", layers[0], batch[0], *none)
         slots = Table(rows).slots(self.cfg.chunk)
         layers, _ = self._call("decode", weights, layers, slots, np.int32(1))
         for next_rows, next_length in self.buckets.neighbours(rows, length):
@@ -337,46 +335,38 @@ class _Run:
             free = free[count:]
 
     def _prefill(self) -> _Prefilled:
-        """Prefills the first prompt of the queue and others that are padded to the same length.
+        """Prefills the first prompt of the queue and others beside it; the rest stays in order.
 
-        Rows that these leave empty take shorter prompts. Every response of a prompt shares its row;
-        what is left stays in the queue in order.
+        Every response of a prompt shares what is prefilled, all but the prompt's last token.
         """
         started = time.perf_counter()
-        bucket = lambda request: self.buckets.prompt_for(len(request.prompt_tokens) - 1)
-        padded = bucket(self.queue[0].request)
-        queued = {r.request.id: r.request for r in self.queue if bucket(r.request) <= padded}
-        alike_first = sorted(queued.values(), key=bucket, reverse=True)
-        alike = sum(bucket(request) == padded for request in alike_first)
-        rows = self.buckets.prefill_size(alike, padded)
-        prompts = alike_first[:rows]
-        row_of = {request.id: row for row, request in enumerate(prompts)}
-        taken = [response for response in self.queue if response.request.id in row_of]
-        self.queue = collections.deque(r for r in self.queue if r.request.id not in row_of)
-        waiting = collections.deque((row_of[r.request.id], r) for r in taken)
-        tokens_PT = np.full((rows, padded), self.engine.pad_id, np.int32)
-        length_P = np.zeros(rows, np.int32)
-        for row, request in enumerate(prompts):
-            cached = request.prompt_tokens[:-1]
-            tokens_PT[row, : len(cached)] = cached
-            length_P[row] = len(cached)
-        layers = self.engine._call("prefill", self.weights, tokens_PT, length_P)
+        queued = list({r.request.id: r.request for r in self.queue}.values())
+        cached = [request.prompt_tokens[:-1] for request in queued]
+        batch = prompts.pack(cached, self.buckets.prefills, self.engine.pad_id)
+        place_of = {queued[i].id: place for i, place in batch.places.items()}
+        taken = [response for response in self.queue if response.request.id in place_of]
+        self.queue = collections.deque(r for r in self.queue if r.request.id not in place_of)
+        waiting = collections.deque((place_of[r.request.id], r) for r in taken)
+        layers = self.engine._call(
+            "prefill", self.weights, batch.tokens_PT, batch.index_PT, batch.segment_PT
+        )
         jax.block_until_ready(layers)
         self.stats["prefill_s"] += time.perf_counter() - started
-        self.stats["prompt_tokens"] += int(length_P.sum())
-        return _Prefilled(layers, padded, waiting)
+        self.stats["prompt_tokens"] += sum(len(cached[i]) for i in batch.places)
+        self.stats["prefill_slots"] += batch.tokens_PT.size
+        return _Prefilled(layers, waiting)
 
     def _place(self, slots: list[int], taken) -> None:
         """Copies prompts from the batch into slots and books their responses."""
-        source_B = np.zeros(self.table.rows, np.int32)
+        source_B, start_B = np.zeros((2, self.table.rows), np.int32)
         fill_B = np.zeros(self.table.rows, bool)
-        for slot, (row, response) in zip(slots, taken, strict=True):
-            source_B[slot], fill_B[slot] = row, True
+        for slot, ((row, column), response) in zip(slots, taken, strict=True):
+            source_B[slot], start_B[slot], fill_B[slot] = row, column, True
             self.table.admit(slot, response)
-        self._grow(max(self.batch.padded, self.table.longest() + self.cfg.chunk))
+        self._grow(self.table.longest() + self.cfg.chunk)
         call = self.engine._call
-        for i, prompts in enumerate(self.batch.layers):
-            self.layers[i] = call("insert", self.layers[i], prompts, source_B, fill_B)
+        for i, packed in enumerate(self.batch.layers):
+            self.layers[i] = call("insert", self.layers[i], packed, source_B, start_B, fill_B)
 
     # ------------------------------------------------------------------ cache and decode
 

@@ -82,11 +82,14 @@ class _Loop:
 
 
 def prefill(
-    params: Params, tokens_PT: Int[Array, "P T"], length_P: Int[Array, " P"], *, static: Static
+    params: Params,
+    tokens_PT: Int[Array, "P T"],
+    index_PT: Int[Array, "P T"],
+    segment_PT: Int[Array, "P T"],
+    *,
+    static: Static,
 ) -> list[kv.Layer]:
-    """Keys and values of the first `length_P` tokens of each prompt, in the cache's layout."""
-    index_PT = jnp.broadcast_to(jnp.arange(tokens_PT.shape[1]), tokens_PT.shape)
-    segment_PT = (index_PT < length_P[:, None]).astype(jnp.int32)
+    """Keys and values of packed prompts (`prompts.PromptBatch`), in the cache's layout."""
 
     def attend(q, k, v, state, window):
         del state

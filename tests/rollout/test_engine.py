@@ -69,7 +69,12 @@ def test_tokens_do_not_depend_on_the_mesh(params, engine):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(chunk=3, first_length=64), dict(slots=8, row_halvings=1, refill_fraction=0.5)]
+    "change",
+    [
+        dict(chunk=3, first_length=64),
+        dict(slots=8, row_halvings=1, refill_fraction=0.5),
+        dict(prefill_tokens=16),
+    ],
 )
 def test_tokens_do_not_depend_on_chunks_or_batches(params, engine, change):
     """Other chunk lengths, cache buckets, numbers of slots and moments of refilling."""
@@ -105,11 +110,11 @@ def test_no_compilation_after_the_warm_up(params):
         ENGINE, slots=2, max_prompt_len=9, max_new_tokens=14, prefill_tokens=16, row_halvings=1
     )
     engine = Engine(MODEL, cfg, single_device_mesh(), ENDS)
-    rows, lengths, prompts = engine.buckets.rows, engine.buckets.lengths, engine.buckets.prompts
-    assert (rows, lengths, prompts) == ((1, 2), (32,), (8,))
-    # empty and decode for both row counts, prefill for one and two prompts, insert of either into
-    # either, one resize to fewer rows
-    expected = 2 * 2 + 2 + 2 * 2 + 1
+    assert (engine.buckets.rows, engine.buckets.lengths) == ((1, 2), (32,))
+    assert engine.buckets.prefills == ((1, 8), (2, 8), (1, 16))
+    # empty and decode for both row counts, three shapes of prefill, insert of each into either, one
+    # resize to fewer rows
+    expected = 2 * 2 + 3 + 2 * 3 + 1
     assert engine.warm_up(params) == expected == engine.compilations
     requests = make_requests(12, seed=4, max_new_tokens=14)
     done = engine.generate(params, requests)
