@@ -1,13 +1,13 @@
 """The KV cache of the sampling engine: layout, growth, and the tokens a decode chunk adds to it.
 
 One dict per layer, so that a decode step never slices a stack. Keys are [B, N, C, S] and values [B,
-N, S, C]: both products of decode attention then run over contiguous memory. A decode chunk reads
-the cache without writing to it and collects its own keys and values in a small buffer, where all
-rows write the same column; `merge` moves them behind each row's tokens once per chunk.
+N, S, C]: both products of decode attention then run over contiguous memory. The last columns, one
+per step of a chunk, take the new tokens: there all rows write the same column. `merge` moves them
+behind each row's tokens once per chunk.
 
-Columns at or beyond a row's length are garbage by contract: readers mask by length. On TPUs the
-layout is `sdjax.rollout.paged` instead; `begin`, `attend_step` and `finish` are the one interface
-of both.
+Other columns at or beyond a row's length are garbage by contract: readers mask by length. On TPUs
+the layout is `sdjax.rollout.paged` instead; `attend_step` and `finish` are the one interface of
+both.
 """
 
 from __future__ import annotations
@@ -93,13 +93,14 @@ def pack(
     """Fresh keys and values in the layout and dtype of the cache."""
     if spec.pages:
         return {"kv": paged.interleave(k_BTNC, v_BTNC).astype(spec.dtype)}
-    return store(k_BTNC.transpose(0, 2, 3, 1), v_BTNC.transpose(0, 2, 1, 3), spec)
+    return store(k_BTNC, v_BTNC, spec.dtype)
 
 
-def store(k_BNCS: Array, v_BNSC: Array, spec: CacheSpec) -> Layer:
-    """Casts or quantises keys and values that already have the cache's layout."""
-    if not spec.quantised:
-        return {"k": k_BNCS.astype(spec.dtype), "v": v_BNSC.astype(spec.dtype)}
+def store(k_BTNC: Array, v_BTNC: Array, dtype: Any) -> Layer:
+    """Turns keys and values into the cache's layout and casts or quantises them."""
+    k_BNCS, v_BNSC = k_BTNC.transpose(0, 2, 3, 1), v_BTNC.transpose(0, 2, 1, 3)
+    if jnp.dtype(dtype) != jnp.int8:
+        return {"k": k_BNCS.astype(dtype), "v": v_BNSC.astype(dtype)}
     k_int, k_scale_BNS = _quantise(k_BNCS, 2)
     v_int, v_scale_BNS = _quantise(v_BNSC, 3)
     return {"k": k_int, "v": v_int, "k_scale": k_scale_BNS, "v_scale": v_scale_BNS}
@@ -112,137 +113,116 @@ def _quantise(x: Array, axis: int) -> tuple[Array, Array]:
     return jnp.round(x / scale).astype(jnp.int8), scale.squeeze(axis)
 
 
-def begin(layer: Layer, spec: CacheSpec, chunk: int, dtype: Any) -> Layer:
-    """What the steps of a chunk write to: a small buffer, or the pages themselves."""
-    if spec.pages:
-        return layer
-    return recent(spec, layer["k"].shape[0], chunk, dtype)
-
-
 def attend_step(
     q_B1HC: Float[Array, "B 1 H C"],
     k_B1NC: Float[Array, "B 1 N C"],
     v_B1NC: Float[Array, "B 1 N C"],
     layer: Layer,
-    state: Layer,
     place: Place,
     window: int | None,
 ) -> tuple[Float[Array, "B 1 H C"], Layer]:
-    """Stores one new token per row in the chunk's state and attends to it and all before it."""
+    """Stores one new token per row and attends to it and all before it."""
     if "kv" in layer:
         at_B = place.length_B + place.step
-        state = {"kv": paged.write(state["kv"], k_B1NC, v_B1NC, at_B)}
-        return paged.attend(q_B1HC, state["kv"], at_B + 1, window), state
-    state = remember(state, k_B1NC, v_B1NC, place.step)
-    return attend(q_B1HC, layer, state, *place.masks[window]), state
+        layer = {"kv": paged.write(layer["kv"], k_B1NC, v_B1NC, at_B)}
+        return paged.attend(q_B1HC, layer["kv"], at_B + 1, window), layer
+    layer = write(layer, k_B1NC, v_B1NC, place)
+    return attend(q_B1HC, layer, place.masks[window]), layer
 
 
-def finish(layer: Layer, state: Layer, length_B: Int[Array, " B"], spec: CacheSpec) -> Layer:
-    """The cache with the chunk's tokens in it."""
-    return state if spec.pages else merge(layer, state, length_B, spec)
+def finish(layer: Layer, length_B: Int[Array, " B"], chunk: int) -> Layer:
+    """The cache after a chunk, with its tokens behind each row's."""
+    return layer if "kv" in layer else merge(layer, length_B, chunk)
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where the new tokens of a step go: behind `length_B` cached tokens and `step` of the chunk.
 
-    `masks` are those of `masks` for every kind of window, empty for pages.
+    `masks` are those of `mask` for every kind of window, empty for pages.
     """
 
     length_B: Int[Array, " B"]
     step: Int[Array, ""]
-    masks: dict[int | None, tuple[Array, Array]]
+    chunk: int
+    masks: dict[int | None, Array]
 
     @classmethod
     def of(cls, layer: Layer, length_B, step, chunk: int, windows: set[int | None]) -> Place:
         """The place of this step in caches like `layer`."""
         if "kv" in layer:
-            return cls(length_B, step, {})
+            return cls(length_B, step, chunk, {})
         columns = layer["k"].shape[3]
-        return cls(length_B, step, {w: masks(length_B, step, columns, chunk, w) for w in windows})
+        masks = {w: mask(length_B, step, columns, chunk, w) for w in windows}
+        return cls(length_B, step, chunk, masks)
 
 
-def recent(spec: CacheSpec, rows: int, chunk: int, dtype: Any) -> Layer:
-    """An empty buffer for the keys and values of one decode chunk, in compute precision."""
-    N, C = spec.n_kv_heads, spec.head_dim
-    return {
-        "k": jnp.zeros((rows, N, C, chunk), dtype),
-        "v": jnp.zeros((rows, N, chunk, C), dtype),
-    }
+def write(layer: Layer, k_B1NC: Array, v_B1NC: Array, place: Place) -> Layer:
+    """Writes one step's keys and values to that step's column, of the last ones."""
+    fresh = store(k_B1NC, v_B1NC, layer["k"].dtype)
+
+    def one(name: str) -> Array:
+        axis = LETTERS[name].index("S")
+        column = layer[name].shape[axis] - place.chunk + place.step
+        return lax.dynamic_update_slice_in_dim(layer[name], fresh[name], column, axis)
+
+    return {name: one(name) for name in layer}
 
 
-def remember(buffer: Layer, k_B1NC: Array, v_B1NC: Array, step: Int[Array, ""]) -> Layer:
-    """Writes one step's keys and values to column `step` of the chunk's buffer."""
-    k_BNC1 = k_B1NC.transpose(0, 2, 3, 1).astype(buffer["k"].dtype)
-    v_BN1C = v_B1NC.transpose(0, 2, 1, 3).astype(buffer["v"].dtype)
-    return {
-        "k": lax.dynamic_update_slice_in_dim(buffer["k"], k_BNC1, step, 3),
-        "v": lax.dynamic_update_slice_in_dim(buffer["v"], v_BN1C, step, 2),
-    }
-
-
-def masks(
+def mask(
     length_B: Int[Array, " B"], step: Int[Array, ""], columns: int, chunk: int, window: int | None
-) -> tuple[Float[Array, "B S"], Float[Array, " I"]]:
+) -> Float[Array, "B S"]:
     """What a row's new token sees, as terms to add to its scores: 0 where it sees, -inf elsewhere.
 
-    Columns below `length_B` of the cache and columns up to `step` of the buffer, of these the last
+    Columns below `length_B` and those of the chunk's steps up to `step`; of these tokens the last
     `window`. Once per step and kind of window, not per layer: comparing is dearer than adding.
     """
-    seen_BS = jnp.arange(columns) < length_B[:, None]
-    seen_I = jnp.arange(chunk) <= step
+    column_S = jnp.arange(columns)
+    step_S = column_S - (columns - chunk)  # of the chunk, negative before it
+    seen_BS = jnp.where(step_S < 0, column_S < length_B[:, None], step_S <= step)
     if window is not None:
-        age_BS = (length_B + step)[:, None] - jnp.arange(columns)
-        seen_BS, seen_I = seen_BS & (age_BS < window), seen_I & (step - jnp.arange(chunk) < window)
-    hide = lambda seen: jnp.where(seen, 0.0, -jnp.inf).astype(jnp.float32)
-    return hide(seen_BS), hide(seen_I)
+        age_BS = jnp.where(step_S < 0, (length_B + step)[:, None] - column_S, step - step_S)
+        seen_BS &= age_BS < window
+    return jnp.where(seen_BS, 0.0, -jnp.inf).astype(jnp.float32)
 
 
 def attend(
-    q_B1HC: Float[Array, "B 1 H C"],
-    layer: Layer,
-    buffer: Layer,
-    old_mask_BS: Float[Array, "B S"],
-    new_mask_I: Float[Array, " I"],
+    q_B1HC: Float[Array, "B 1 H C"], layer: Layer, mask_BS: Float[Array, "B S"]
 ) -> Float[Array, "B 1 H C"]:
-    """Attention of one new token per row over its cached tokens and the chunk's, itself included.
+    """Attention of one new token per row over the cache, where `mask` lets it see.
 
-    The masks are those of `masks`. Scores and softmax in float32.
+    Scores and softmax in float32.
     """
     B, _, H, C = q_B1HC.shape
     N = layer["k"].shape[1]
-    q_BNGC = (q_B1HC * C**-0.5).reshape(B, N, H // N, C)
-
-    old = jnp.einsum("bngc,bncs->bngs", q_BNGC, layer["k"].astype(q_BNGC.dtype))
-    old = old.astype(jnp.float32)
-    if "k_scale" in layer:
-        old = old * layer["k_scale"][:, :, None]
-    new = jnp.einsum("bngc,bncs->bngs", q_BNGC, buffer["k"]).astype(jnp.float32)
-    old, new = old + old_mask_BS[:, None, None], new + new_mask_I
-
-    top = jnp.maximum(old.max(-1, keepdims=True), new.max(-1, keepdims=True))
-    old, new = jnp.exp(old - top), jnp.exp(new - top)
-    total_BNG1 = old.sum(-1, keepdims=True) + new.sum(-1, keepdims=True)
-    if "v_scale" in layer:
-        old = old * layer["v_scale"][:, :, None]
     dtype = q_B1HC.dtype
-    out = jnp.einsum("bngs,bnsc->bngc", old.astype(dtype), layer["v"].astype(dtype))
-    out = out + jnp.einsum("bngs,bnsc->bngc", new.astype(dtype), buffer["v"])
+    q_BNGC = (q_B1HC * C**-0.5).reshape(B, N, H // N, C)
+    score = jnp.einsum("bngc,bncs->bngs", q_BNGC, layer["k"].astype(dtype)).astype(jnp.float32)
+    if "k_scale" in layer:
+        score = score * layer["k_scale"][:, :, None]
+    score = score + mask_BS[:, None, None]
+    weight = jnp.exp(score - score.max(-1, keepdims=True))
+    total_BNG1 = weight.sum(-1, keepdims=True)
+    if "v_scale" in layer:
+        weight = weight * layer["v_scale"][:, :, None]
+    out = jnp.einsum("bngs,bnsc->bngc", weight.astype(dtype), layer["v"].astype(dtype))
     return (out / total_BNG1.astype(dtype)).reshape(B, 1, H, C)
 
 
-def merge(layer: Layer, buffer: Layer, length_B: Int[Array, " B"], spec: CacheSpec) -> Layer:
-    """Moves the chunk's keys and values behind each row's tokens.
+def merge(layer: Layer, length_B: Int[Array, " B"], chunk: int) -> Layer:
+    """Moves the chunk's keys and values from the last columns behind each row's tokens.
 
     Needs length + chunk <= S for every row; columns of steps that a row did not live to see are
     garbage beyond its length.
     """
-    fresh = store(buffer["k"], buffer["v"], spec)
     place = jax.vmap(lax.dynamic_update_slice_in_dim, in_axes=(0, 0, 0, None))
-    return {
-        name: place(old, fresh[name], length_B, LETTERS[name].index("S") - 1)
-        for name, old in layer.items()
-    }
+
+    def one(name: str) -> Array:
+        old, axis = layer[name], LETTERS[name].index("S")
+        fresh = lax.slice_in_dim(old, old.shape[axis] - chunk, None, axis=axis)
+        return place(old, fresh, length_B, axis - 1)
+
+    return {name: one(name) for name in layer}
 
 
 def insert(

@@ -377,11 +377,6 @@ class _Run:
 
     def _fit(self) -> None:
         """Takes the smallest bucket that holds the live rows; drops slots that will stay free."""
-        needed = self.table.longest() + self.cfg.chunk
-        self._grow(needed)
-        keep = list(range(self.table.rows))
-        while self.length > self.buckets.lengths[0] and needed <= self.buckets.shorter(self.length):
-            self._resize(keep, self.buckets.shorter(self.length))
         if self.exhausted and not self._pending():
             live = self.table.live()
             while self.table.rows > self.buckets.rows[0]:
@@ -391,6 +386,11 @@ class _Run:
                 slots = (self.table.live() + self.table.free())[:rows]
                 self._resize(slots, self.length)
                 self.table.keep(slots)
+        needed = self.table.longest() + self.cfg.chunk
+        self._grow(needed)
+        keep = list(range(self.table.rows))
+        while self.length > self.buckets.lengths[0] and needed <= self.buckets.shorter(self.length):
+            self._resize(keep, self.buckets.shorter(self.length))
 
     def _resize(self, slots: list[int], length: int) -> None:
         row_B = np.asarray(slots, np.int32)

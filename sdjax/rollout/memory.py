@@ -57,12 +57,11 @@ def needs(cfg: ModelConfig, engine: EngineConfig, shards: int = 1, tensor: int =
     spec = kv.CacheSpec.of(cfg, engine.cache_dtype_name)
     buckets = engine.buckets(shards)
     rows, length = engine.slots // shards, buckets.lengths[-1]
-    recent = dataclasses.replace(spec, dtype=engine.compute_dtype).nbytes(rows, engine.chunk)
     # a prefill batch's activations are about four times its width
     batch = math.prod(buckets.largest_prefill) // shards
     prefill = spec.nbytes(1, batch) + batch * (4 * cfg.d_model + 2 * cfg.d_ff) * compute
     # growing the cache holds one layer twice
-    cache = spec.nbytes(rows, length) * (spec.n_layers + 1) // spec.n_layers + recent
+    cache = spec.nbytes(rows, length) * (spec.n_layers + 1) // spec.n_layers
     return SlotPlan(
         slots=engine.slots,
         weights=weights // tensor,

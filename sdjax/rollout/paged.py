@@ -3,8 +3,7 @@
 Keys and values of a layer lie together, [B, S, 2N, C] with k0, v0, k1, v1 ... along the heads, and
 a row's S columns are its pages. The kernel reads only the pages below a row's length, so attention
 costs what the tokens that are really there cost, whatever the bucket. Every other backend computes
-the same with XLA. A token is written to its page before it is attended to: this layout has no
-buffer for the chunk.
+the same with XLA. A token is written to its page before it is attended to.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ business (`sdjax.rollout.engine`). Randomness comes from what names a response, 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
@@ -77,7 +76,7 @@ class _Loop:
     step: Array
     token_B: Array
     live_B: Array
-    buffers: Any
+    layers: list[kv.Layer]
     chunk: Chunk
 
 
@@ -132,7 +131,7 @@ def decode(
 
     def advance(loop: _Loop) -> _Loop:
         step = loop.step
-        logits, buffers = _next_logits(params, layers, loop, slots.length, static)
+        logits, layers = _next_logits(params, loop, slots.length, static)
         forced_B = lax.dynamic_index_in_dim(slots.forced_IB, step, 0, keepdims=False)
         uniform_B2 = sampling.uniforms(key_B2, slots.generated + step)
         draw = sampling.sample(
@@ -156,45 +155,38 @@ def decode(
             steps=step + 1,
         )
         live_B = loop.live_B & ~ended_B & (count_B < slots.budget)
-        return _Loop(step + 1, draw.token, live_B, buffers, chunk)
+        return _Loop(step + 1, draw.token, live_B, layers, chunk)
 
     integers_IB = jnp.zeros((static.chunk, rows), jnp.int32)
     floats_IB = jnp.zeros((static.chunk, rows), jnp.float32)
     nothing_B = jnp.zeros(rows, jnp.int32)
     empty = Chunk(integers_IB, floats_IB, floats_IB, nothing_B, nothing_B - 1, jnp.int32(0))
-    buffers = [
-        kv.begin(layer, static.cache, static.chunk, static.compute_dtype) for layer in layers
-    ]
-    loop = _Loop(jnp.int32(0), slots.token, started_B, buffers, empty)
+    loop = _Loop(jnp.int32(0), slots.token, started_B, layers, empty)
     loop = lax.while_loop(going, advance, loop)
-    merged = [
-        kv.finish(layer, buffer, slots.length, static.cache)
-        for layer, buffer in zip(layers, loop.buffers, strict=True)
-    ]
-    return merged, loop.chunk
+    return [kv.finish(layer, slots.length, static.chunk) for layer in loop.layers], loop.chunk
 
 
-def _next_logits(params, layers, loop: _Loop, length_B, static: Static):
-    """Logits of the token after `loop.token_B`, and the buffers with that token in them.
+def _next_logits(params, loop: _Loop, length_B, static: Static):
+    """Logits of the token after `loop.token_B`, and the cache with that token in it.
 
     [B, V], or [V, B] where the weights are output first: turning them around would cost a fourth of
     the head product.
     """
     windows = set(static.model.windows)
-    place = kv.Place.of(layers[0], length_B, loop.step, static.chunk, windows)
+    place = kv.Place.of(loop.layers[0], length_B, loop.step, static.chunk, windows)
 
-    def attend(q_B1HC, k_B1NC, v_B1NC, state, window):
-        return kv.attend_step(q_B1HC, k_B1NC, v_B1NC, *state, place, window)
+    def attend(q_B1HC, k_B1NC, v_B1NC, layer, window):
+        return kv.attend_step(q_B1HC, k_B1NC, v_B1NC, layer, place, window)
 
-    hidden_B1D, buffers = decoder.forward(
+    hidden_B1D, layers = decoder.forward(
         params,
         loop.token_B[:, None],
         (length_B + loop.step)[:, None],
         static.model,
         attend=attend,
-        layer_state=list(zip(layers, loop.buffers, strict=True)),
+        layer_state=loop.layers,
         compute_dtype=static.compute_dtype,
     )
     if static.output_first:
-        return decoder.vocab_first_logits(params, hidden_B1D[:, 0], static.model), buffers
-    return decoder.logits(params, hidden_B1D, static.model)[:, 0], buffers
+        return decoder.vocab_first_logits(params, hidden_B1D[:, 0], static.model), layers
+    return decoder.logits(params, hidden_B1D, static.model)[:, 0], layers

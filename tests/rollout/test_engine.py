@@ -232,7 +232,7 @@ def test_nan_logits_stop_with_step_and_request_named(params, engine):
 
 
 def test_int8_cache_reports_a_small_logit_error(params, engine):
-    """int8 keys and values move log-probabilities a little: more than nothing, less than 0.1."""
+    """int8 keys and values move log-probabilities a little: more than nothing, less than 0.15."""
     requests = make_requests(4, seed=6, temperature=1.0)
     cfg = dataclasses.replace(ENGINE, cache_dtype="int8", first_length=64)
     quantised = Engine(MODEL, cfg, single_device_mesh(), ENDS)
@@ -242,7 +242,8 @@ def test_int8_cache_reports_a_small_logit_error(params, engine):
         for r, c in zip(requests, exact, strict=True)
     ]
     errors = [
-        np.abs(a.sampler_logp[: len(b.sampler_logp)] - b.sampler_logp[: len(a.sampler_logp)]).max()
+        np.abs(a.sampler_logp[: len(b.sampler_logp)] - b.sampler_logp[: len(a.sampler_logp)])
         for a, b in zip(exact, quantised.generate(params, forced), strict=True)
     ]
-    assert 1e-6 < max(errors) < 0.1
+    errors = np.concatenate(errors)
+    assert 1e-6 < errors.max() < 0.15 and errors.mean() < 0.02
