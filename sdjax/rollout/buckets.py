@@ -131,7 +131,7 @@ class EngineConfig:
         return Buckets(tuple(rows), tuple(lengths), self._prefills(shards), shards)
 
     def _prefills(self, shards: int) -> tuple[tuple[int, int], ...]:
-        """All (rows, columns) of a prefill: full ones, an eighth and a 32nd of that for latecomers.
+        """All (rows, columns) of a prefill: full ones, and parts of that for what is left.
 
         Rows are as long as four of the longest prompts at most: a row that several prompts share
         is filled well, one that many share pays for attention that it masks.
