@@ -12,6 +12,7 @@ and does not choose checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -62,13 +63,15 @@ def evaluate(
     cfg: EvalConfig,
     *,
     step: int = 0,
+    stop: distributed.StopSignal | None = None,
 ) -> EvalResult:
     """Samples, verifies and measures `cfg.samples` responses to each problem of each set.
 
     `engine` is a `rollout.Engine`, `params` what its `prepare` gave, `pool` a started
     `rewards.VerifierPool`. Every process takes its share of the problems. Raises ValueError on an
-    empty set.
+    empty set, StopRequested, in all processes, when `stop` asks for it before all is sampled.
     """
+    stop = stop or distributed.StopSignal()
     jobs = _jobs(sets, style, cfg, step)
     verdicts: dict[tuple[int, int], Future[Verdict]] = {}
     texts: dict[tuple[int, int], str] = {}
@@ -80,7 +83,11 @@ def evaluate(
         graded = after_think(texts[key]) if cfg.grade_after_think else texts[key]
         verdicts[key] = pool.submit(graded, problem.answer)
 
-    completions = engine.generate(params, [job.request for job in jobs.values()], verify)
+    with contextlib.suppress(distributed.StopRequested):
+        requests = [job.request for job in jobs.values()]
+        completions = engine.generate(params, requests, verify, on_tokens=stop.interrupt)
+    if stop.agreed():
+        raise distributed.StopRequested
     stats = {
         name: np.zeros((len(problems), cfg.samples, len(FIELDS)), np.float32)
         for name, problems in sets.items()

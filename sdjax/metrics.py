@@ -35,6 +35,7 @@ from sdjax.records import Rollout
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 TENSORBOARD_DIR = "tensorboard"
+EVALUATED = "time/eval_s"  # in the rows that hold an evaluation
 COPY_EVERY_S = 60.0  # to a bucket
 
 
@@ -63,6 +64,9 @@ class MetricsWriter:
         self._dir.mkdir(parents=True, exist_ok=True)
         self._metrics = _open_trimmed(self._dir / METRICS_FILE, resume_step)
         self._samples = _open_trimmed(self._dir / SAMPLES_FILE, resume_step)
+        self._evaluated = {
+            row["step"] for row in read_rows(self._dir / METRICS_FILE) if EVALUATED in row
+        }
         if tensorboard:
             from tensorboardX import SummaryWriter  # slow to import, and only this process needs it
 
@@ -72,6 +76,13 @@ class MetricsWriter:
                 purge_step=purge,
                 filename_suffix=f".{time.time_ns()}",  # its own names repeat within a second
             )
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the file already had an evaluation of this step when it was opened. Collective.
+
+        An evaluation that a signal interrupted is missing there, though its step was saved.
+        """
+        return distributed.broadcast(self._enabled and step in self._evaluated)
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Appends one row. Values are numbers or arrays of one element (numpy or jax).

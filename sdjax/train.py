@@ -29,7 +29,7 @@ from sdjax.data import packing
 from sdjax.data.problems import training_problems
 from sdjax.data.sampler import ProblemSampler
 from sdjax.evaluate import evaluate
-from sdjax.metrics import MetricsWriter, rollout_metrics
+from sdjax.metrics import EVALUATED, MetricsWriter, rollout_metrics
 from sdjax.models import hf, lora, peft
 from sdjax.objectives import guards
 from sdjax.objectives.advantages import group_advantage
@@ -71,21 +71,30 @@ def run(
         MetricsWriter(workdir, None if restored is None else start) as writer,
         Progress(c.train.steps, start=start, enabled=jax.process_index() == 0) as progress,
     ):
-        if restored is None:
-            writer.write(0, _evaluate(parts, state, 0))
+        given_up = _evaluates(c, start) and not writer.evaluated(start)
+        if restored is None or (given_up and parts.eval_sets):
+            try:
+                writer.write(start, _evaluate(parts, state, start, stop))
+            except distributed.StopRequested:
+                return _stop(writer, checkpoints, progress, start, state)
         for step in range(start + 1, c.train.steps + 1):
             try:
                 with tracer.step(step):
                     state, metrics = train_batch(c, parts, learner, state, data, step, writer, stop)
             except distributed.StopRequested:
                 return _stop(writer, checkpoints, progress, step - 1, state)
-            if step == c.train.steps or (c.eval.every and step % c.eval.every == 0):
-                metrics |= _evaluate(parts, state, step)
+            stopping = False
+            if _evaluates(c, step):
+                try:
+                    metrics |= _evaluate(parts, state, step, stop)
+                except distributed.StopRequested:  # the next start evaluates what is saved now
+                    stopping = True
             writer.write(step, metrics)
             progress.update(step, metrics)
             guards.check_prob_error(metrics, c.guard.max_prob_error)
             guards.check_skipped(metrics, c.guard.max_skipped)
-            stopping = step < c.train.steps and stop.agreed()  # after the last, all is done
+            if step < c.train.steps and not stopping:  # after the last, all is done
+                stopping = stop.agreed()
             if stopping or step % c.checkpoint.every == 0 or step == c.train.steps:
                 writer.flush()  # rows of a step are on disk before its checkpoint
                 checkpoints.save(step, state, metrics)
@@ -107,6 +116,11 @@ def _stop(
     checkpoints.save(step, state)
     checkpoints.close()
     progress.note(f"stopped after step {step}: the same command goes on from there")
+
+
+def _evaluates(c: ConfigDict, step: int) -> bool:
+    """Whether the student is evaluated after `step`; 0 is before training."""
+    return step in (0, c.train.steps) or bool(c.eval.every and step % c.eval.every == 0)
 
 
 def updates_per_batch(c: ConfigDict) -> int:
@@ -318,8 +332,10 @@ def _mean_over_updates(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
     return mean | {last: float(updates[-1][last])}
 
 
-def _evaluate(parts: build.Sampler, state: TrainState, step: int) -> dict[str, float]:
-    """Scores of the current student on the evaluation sets."""
+def _evaluate(
+    parts: build.Sampler, state: TrainState, step: int, stop: distributed.StopSignal
+) -> dict[str, float]:
+    """Scores of the current student on the evaluation sets; StopRequested when `stop` asks."""
     if not parts.eval_sets:
         return {}
     began = time.perf_counter()
@@ -331,8 +347,9 @@ def _evaluate(parts: build.Sampler, state: TrainState, step: int) -> dict[str, f
         parts.eval_sets,
         parts.eval_cfg,
         step=step,
+        stop=stop,
     )
-    return result.metrics | {"time/eval_s": time.perf_counter() - began}
+    return result.metrics | {EVALUATED: time.perf_counter() - began}
 
 
 def _log_texts(

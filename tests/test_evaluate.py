@@ -38,7 +38,7 @@ class FakeEngine:
     def prepare(self, params):
         return params
 
-    def generate(self, params, requests, on_finish=None):
+    def generate(self, params, requests, on_finish=None, on_tokens=None):
         self.requests += requests
         out = []
         for request in requests:

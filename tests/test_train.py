@@ -43,12 +43,16 @@ def tiny_config(variant="tiny"):
     return c
 
 
-class StopAfter:
-    """A stop signal that arrives during the updates of batch `step`, or while it is sampled."""
+class StopAt:
+    """A stop signal that the loop sees when it asks for the `time`-th time, counted from 1.
 
-    def __init__(self, step, sampling=False):
-        self.left = 2 * step - sampling  # the loop asks after sampling and after the updates
-        self.sampling = sampling
+    It asks after every evaluation (before step 1 and after steps 2 and 3 here), after the sampling
+    and after the updates of every batch. With `sampling`, the signal arrives before: what is being
+    sampled is given up.
+    """
+
+    def __init__(self, time, sampling=False):
+        self.left, self.sampling = time, sampling
 
     def interrupt(self, *_):
         if self.sampling and self.left == 1:
@@ -133,7 +137,7 @@ def test_stopped_and_resumed_run_gives_the_same_numbers(whole_run, tmp_path):
     """Catches any state that is neither in the checkpoint nor a function of (config, step)."""
     c = tiny_config()
     c.checkpoint.every = 100  # only the stop saves
-    assert train.run(c, str(tmp_path), StopAfter(2)) is None
+    assert train.run(c, str(tmp_path), StopAt(6)) is None
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2]
     assert train.run(c, str(tmp_path)) == tmp_path / "report.md"
     assert_same(stable(tmp_path), stable(whole_run))
@@ -143,8 +147,20 @@ def test_a_batch_given_up_while_it_is_sampled_is_done_again(whole_run, tmp_path)
     """A grace period is shorter than sampling a large batch: the state before it is saved."""
     c = tiny_config()
     c.checkpoint.every = 100  # only the stop saves
-    assert train.run(c, str(tmp_path), StopAfter(1, sampling=True)) is None
+    assert train.run(c, str(tmp_path), StopAt(2, sampling=True)) is None
     assert [row["step"] for row in read_metrics(tmp_path)] == [0]
+    assert train.run(c, str(tmp_path)) == tmp_path / "report.md"
+    assert_same(stable(tmp_path), stable(whole_run))
+
+
+@pytest.mark.parametrize("time, steps", [(1, 0), (5, 3), (8, 4)])
+def test_an_evaluation_given_up_is_done_by_the_next_start(whole_run, tmp_path, time, steps):
+    """The first, one between steps, and the last: hours for the paper's sizes."""
+    c = tiny_config()
+    c.checkpoint.every = 100  # only the stop saves
+    assert train.run(c, str(tmp_path), StopAt(time, sampling=True)) is None
+    rows = read_metrics(tmp_path)
+    assert len(rows) == steps and not any("eval/" in name for row in rows[-1:] for name in row)
     assert train.run(c, str(tmp_path)) == tmp_path / "report.md"
     assert_same(stable(tmp_path), stable(whole_run))
 
