@@ -15,6 +15,7 @@ Does not know models, caches or end tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import flax.struct
@@ -24,6 +25,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 BLOCK = 128  # tokens per block; divides the vocabularies of Qwen, Llama 3 and SmolLM2
+FULL_ROWS = 64  # rows side by side that fill a CPU's vectors
 UNDERFLOW = 104.0  # exp(-104) is 0 in float32: nothing so far below the largest carries mass
 COLDEST, HOTTEST = 1e-20, 1e20  # temperatures beyond act as these: logits over them stay finite
 
@@ -149,6 +151,19 @@ class _Blocks:
         out = lax.optimization_barrier(reduce(x, axis=1 if self.rows_last else 2))
         return out.T if self.rows_last else out
 
+    def folded(self) -> tuple[_Blocks, int]:
+        """The same with parts of each block as further rows, and how many parts.
+
+        For rows last: exponentials of few rows would leave most lanes of a CPU's vectors empty.
+        """
+        if not self.rows_last:
+            return self, 1
+        n, size, rows = self.raw.shape
+        parts = math.gcd(size, max(1, FULL_ROWS // rows))
+        tiled = lambda x_B: jnp.tile(x_B, parts)
+        raw = self.raw.reshape(n, size // parts, parts * rows)
+        return _Blocks(raw, True, tiled(self.peak_B), tiled(self.scale_B)), parts
+
     def rows_first(self) -> _Blocks:
         """The same as [B, n, E]. XLA turns it where it is read: for single rows and blocks."""
         if not self.rows_last:
@@ -228,11 +243,12 @@ def _pick(weight_BE: Float[Array, "B E"], uniform_B: Float[Array, " B"]) -> Int[
 
 def _mass(x: _Blocks, floor_B: Array | None = None) -> Float[Array, "B n"]:
     """Mass of each block, of the tokens at `floor_B` or above; the largest token has mass 1."""
+    x, parts = x.folded()
     scaled = x.scaled()
     p = jnp.exp(scaled)
     if floor_B is not None:
-        p = jnp.where(scaled >= x.beside(floor_B), p, 0.0)
-    return x.reduced(p, jnp.sum)
+        p = jnp.where(scaled >= x.beside(jnp.tile(floor_B, parts)), p, 0.0)
+    return x.reduced(p, jnp.sum).reshape(parts, -1, x.blocks).sum(0)
 
 
 def _truncate(x: _Blocks, top_Bn, mass_Bn, settings, candidates, by_row):
