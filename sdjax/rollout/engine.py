@@ -128,8 +128,9 @@ class Engine:
         )
         return self.compilations
 
-    def _warm_prefill(self, weights, shape: tuple[int, int]) -> list[kv.Layer]:
-        return self._call("prefill", weights, *(np.zeros(shape, np.int32) for _ in range(3)))
+    def _warm_prefill(self, weights, shape: tuple[int, int]) -> kv.Layer:
+        """The first layer of a batch; the others need not stay in memory."""
+        return self._call("prefill", weights, *(np.zeros(shape, np.int32) for _ in range(3)))[0]
 
     def _warm_cache(self, weights, rows: int, length: int, batches) -> None:
         layers = self._call("empty", rows, length)
@@ -137,7 +138,7 @@ class Engine:
         nowhere_B = np.zeros(rows, np.int32)
         for batch in batches:
             none = nowhere_B, nowhere_B, np.zeros(rows, bool)
-            layers[0] = self._call("insert", layers[0], batch[0], *none)
+            layers[0] = self._call("insert", layers[0], batch, *none)
         slots = Table(rows).slots(self.cfg.chunk)
         layers, _ = self._call("decode", weights, layers, slots, np.int32(1))
         for next_rows, next_length in self.buckets.neighbours(rows, length):

@@ -72,6 +72,7 @@ def test_tokens_do_not_depend_on_the_mesh(params, engine):
     "change",
     [
         dict(chunk=3, first_length=64),
+        dict(chunk=20),  # longer than the sliding window
         dict(slots=8, row_halvings=1, refill_fraction=0.5),
         dict(prefill_tokens=16),
     ],
