@@ -71,24 +71,21 @@ def run(
         MetricsWriter(workdir, None if restored is None else start) as writer,
         Progress(c.train.steps, start=start, enabled=jax.process_index() == 0) as progress,
     ):
-        given_up = _evaluates(c, start) and not writer.evaluated(start)
-        if restored is None or (given_up and parts.eval_sets):
-            try:
-                writer.write(start, _evaluate(parts, state, start, stop))
-            except distributed.StopRequested:
+        missing = _evaluates(c, start) and not writer.evaluated(start)  # a signal came then
+        if restored is None or (missing and parts.eval_sets):
+            scores = _evaluate(parts, state, start, stop)
+            if scores is None:
                 return _stop(writer, checkpoints, progress, start, state)
+            writer.write(start, scores)
         for step in range(start + 1, c.train.steps + 1):
             try:
                 with tracer.step(step):
                     state, metrics = train_batch(c, parts, learner, state, data, step, writer, stop)
             except distributed.StopRequested:
                 return _stop(writer, checkpoints, progress, step - 1, state)
-            stopping = False
-            if _evaluates(c, step):
-                try:
-                    metrics |= _evaluate(parts, state, step, stop)
-                except distributed.StopRequested:  # the next start evaluates what is saved now
-                    stopping = True
+            scores = _evaluate(parts, state, step, stop) if _evaluates(c, step) else {}
+            stopping = scores is None  # the next start evaluates what is saved now
+            metrics |= scores or {}
             writer.write(step, metrics)
             progress.update(step, metrics)
             guards.check_prob_error(metrics, c.guard.max_prob_error)
@@ -334,21 +331,24 @@ def _mean_over_updates(updates: list[dict[str, jax.Array]]) -> dict[str, float]:
 
 def _evaluate(
     parts: build.Sampler, state: TrainState, step: int, stop: distributed.StopSignal
-) -> dict[str, float]:
-    """Scores of the current student on the evaluation sets; StopRequested when `stop` asks."""
+) -> dict[str, float] | None:
+    """Scores of the current student on the evaluation sets; None when `stop` ended it early."""
     if not parts.eval_sets:
         return {}
     began = time.perf_counter()
-    result = evaluate(
-        parts.engine,
-        parts.engine.prepare(build.full_params(state, parts.cfg)),
-        parts.pool,
-        parts.style,
-        parts.eval_sets,
-        parts.eval_cfg,
-        step=step,
-        stop=stop,
-    )
+    try:
+        result = evaluate(
+            parts.engine,
+            parts.engine.prepare(build.full_params(state, parts.cfg)),
+            parts.pool,
+            parts.style,
+            parts.eval_sets,
+            parts.eval_cfg,
+            step=step,
+            stop=stop,
+        )
+    except distributed.StopRequested:
+        return None
     return result.metrics | {EVALUATED: time.perf_counter() - began}
 
 

@@ -15,6 +15,8 @@ from sdjax.records import Request
 
 DECODE_RULES = PARAM_RULES | {"D": None}  # weights whole over fsdp while decoding
 ON_LONG_PROMPT = ("drop", "truncate")
+PROMPTS_PER_ROW = 4  # of the longest, at most: a shared row is filled well, attention grows with it
+PREFILL_PARTS = (32, 8, 1)  # of a full prefill batch: for what is left, and for a prompt alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,20 +133,16 @@ class EngineConfig:
         return Buckets(tuple(rows), tuple(lengths), self._prefills(shards), shards)
 
     def _prefills(self, shards: int) -> tuple[tuple[int, int], ...]:
-        """All (rows, columns) of a prefill: full ones, and parts of that for what is left.
-
-        Rows are as long as four of the longest prompts at most: a row that several prompts share
-        is filled well, one that many share pays for attention that it masks.
-        """
+        """All (rows, columns) of a prefill, for any length of prompts: full ones, and parts."""
         longest = max(1, self.max_prompt_len - 1)
-        most = max(longest, min(4 * longest, self.prefill_tokens // shards))
+        most = max(longest, min(PROMPTS_PER_ROW * longest, self.prefill_tokens // shards))
         columns = [min(64, _round_up(longest, 8))]
         while columns[-1] < most:
             columns.append(min(2 * columns[-1], _round_up(most, 16)))
         shapes = []
         for length in columns:
             full = _round_up(min(max(1, self.prefill_tokens // length), self.slots), shards)
-            sizes = {_round_up(max(1, full // parts), shards) for parts in (32, 8, 1)}
+            sizes = {_round_up(max(1, full // parts), shards) for parts in PREFILL_PARTS}
             shapes += [(rows, length) for rows in sorted(sizes)]
         return tuple(shapes)
 

@@ -232,8 +232,10 @@ def insert(
     start_B: Int[Array, " B"],
     fill_B: Bool[Array, " B"],
 ) -> Layer:
-    """Copies the prompt at column `start_B[b]` of row `source_B[b]` of `prompts` to the start of
-    row b, where `fill_B`; what lies behind the prompt there is copied with it.
+    """Copies a prompt to the start of each row b where `fill_B`.
+
+    It begins at column `start_B[b]` of row `source_B[b]` of `prompts`; what lies behind it there is
+    copied too, and is garbage as all beyond a row's length.
     """
 
     def one(name: str) -> Array:
@@ -244,8 +246,8 @@ def insert(
         cut = lambda row, start: lax.dynamic_slice_in_dim(row_PX[row], start, width, axis - 1)
         chosen = jax.vmap(cut)(source_B, start_B)
         fill = fill_B.reshape(-1, *[1] * (old.ndim - 1))
-        start = lax.slice_in_dim(old, 0, width, axis=axis)
-        return lax.dynamic_update_slice_in_dim(old, jnp.where(fill, chosen, start), 0, axis)
+        kept = lax.slice_in_dim(old, 0, width, axis=axis)
+        return lax.dynamic_update_slice_in_dim(old, jnp.where(fill, chosen, kept), 0, axis)
 
     return {name: one(name) for name in layer}
 

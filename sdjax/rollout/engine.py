@@ -354,7 +354,6 @@ class _Run:
         jax.block_until_ready(layers)
         self.stats["prefill_s"] += time.perf_counter() - started
         self.stats["prompt_tokens"] += sum(len(cached[i]) for i in batch.places)
-        self.stats["prefill_slots"] += batch.tokens_PT.size
         return _Prefilled(layers, waiting)
 
     def _place(self, slots: list[int], taken) -> None:
