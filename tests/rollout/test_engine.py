@@ -9,6 +9,7 @@ import pytest
 from decoding import ENDS, ENGINE, MODEL, logits_of, make_requests, one_by_one
 
 from sdjax.models import decoder
+from sdjax.models.attention import reference_attention
 from sdjax.parallel import make_mesh, single_device_mesh
 from sdjax.records import Request, SamplingParams
 from sdjax.rollout.engine import Engine
@@ -230,6 +231,36 @@ def test_nan_logits_stop_with_step_and_request_named(params, engine):
     broken = params | {"embed": params["embed"].at[50].set(jnp.nan)}
     with pytest.raises(FloatingPointError, match="training step 12: .* token 0 .* request 7 "):
         engine.generate(broken, [_long(7)], step=12)
+
+
+def _logits_of_an_int8_cache(params, tokens_1T, prompt: int):
+    """Logits of a row whose tokens from the prompt's last one on read keys and values in int8."""
+    index_1T = jnp.arange(tokens_1T.shape[1])[None]
+    segment_1T = jnp.ones_like(index_1T)
+
+    def rounded(x):
+        scale = jnp.abs(x).max(-1, keepdims=True) / 127
+        return jnp.round(x / scale) * scale
+
+    def attend(q, k, v, state, window):
+        over = lambda k, v: reference_attention(q, k, v, segment_1T, segment_1T, window=window)
+        decoded = (index_1T >= prompt - 1)[..., None, None]
+        return jnp.where(decoded, over(rounded(k), rounded(v)), over(k, v)), state
+
+    hidden_1TD, _ = decoder.forward(params, tokens_1T, index_1T, MODEL, attend=attend)
+    return decoder.logits(params, hidden_1TD, MODEL)[0]
+
+
+def test_int8_cache_is_the_exact_one_with_rounded_entries(params):
+    """Catches a wrong scale, a scale of another token or head, and tokens that are not rounded."""
+    requests = make_requests(4, seed=6, temperature=1.0, top_p=1.0, top_k=0)
+    cfg = dataclasses.replace(ENGINE, cache_dtype="int8", first_length=64)
+    for c in Engine(MODEL, cfg, single_device_mesh(), ENDS).generate(params, requests):
+        prompt = requests[c.request_id].prompt_tokens
+        row_1T = jnp.asarray([[*prompt, *c.tokens]])
+        logp_TV = jax.nn.log_softmax(_logits_of_an_int8_cache(params, row_1T, len(prompt)))
+        places = np.arange(len(prompt) - 1, len(prompt) - 1 + len(c.tokens))
+        np.testing.assert_allclose(c.sampler_logp, logp_TV[places, c.tokens], atol=1e-4)
 
 
 def test_int8_cache_reports_a_small_logit_error(params, engine):
