@@ -26,9 +26,10 @@ from sdjax.types import Params
 
 # attend(q_BTHC, k_BTNC, v_BTNC, state_of_layer, window) -> (out_BTHC, state_of_layer)
 Attend = Callable[[Array, Array, Array, Any, int | None], tuple[Array, Any]]
+# (cos, sin) of full layers and of sliding ones, [B, T, 1, C/2] each
+Angles = tuple[tuple[Array, Array], tuple[Array, Array]]
 # How many leading axes of a matrix are its input's; the others are its output's.
 INPUT_AXES = {"w_q": 1, "w_k": 1, "w_v": 1, "w_o": 2, "w_gate": 1, "w_up": 1, "w_down": 1}
-FEW_ROWS = 64  # up to so many, a product of output-first weights has the weights on the left
 OUTPUT_FIRST_ENTRIES = 2**18  # of a feed-forward matrix: smaller ones stay in a CPU's cache
 MAX_PERIOD = 8  # layers unrolled in one step of the scan when their kinds alternate (olmo3: 4)
 
@@ -141,9 +142,10 @@ def rms_norm(x: Array, weight: Array, eps: float, axes: int | tuple[int, ...] = 
 def product(x: Array, layer: Params, name: str, equation: str) -> Array:
     """x W by the einsum `equation` of `x` and the leaf `name`, in either layout of the leaf.
 
-    An output-first leaf (see `output_first`) is called t`name`. With few rows the weights are then
-    the left operand: XLA's CPU backend multiplies a tall matrix by few columns up to twice as fast
-    as few rows by a wide matrix. The barrier keeps it from swapping them back.
+    An output-first leaf (see `output_first`) is called t`name` and is the left operand: XLA's CPU
+    backend multiplies a tall matrix by few columns up to twice as fast as few rows by a wide
+    matrix, and needs not turn the weights around for many. The barrier keeps it from swapping them
+    back.
     """
     if name in layer:
         return _multiply(x, layer[name].astype(x.dtype), equation)
@@ -152,8 +154,6 @@ def product(x: Array, layer: Params, name: str, equation: str) -> Array:
     outputs = weight.shape[: weight.ndim - inputs]
     # one axis of inputs: einsum sums over several in an order for which XLA turns the weights
     x_BTI, weight = x.reshape(*x.shape[:2], -1), weight.reshape(*outputs, -1)
-    if x.shape[0] * x.shape[1] > FEW_ROWS:
-        return jnp.tensordot(x_BTI, weight, (-1, -1))
     y = jnp.tensordot(weight, x_BTI, (-1, -1))
     return jnp.moveaxis(jax.lax.optimization_barrier(y), (-2, -1), (0, 1))
 
@@ -309,6 +309,14 @@ REMAT = {
 }
 
 
+def angles_of(positions_BT: Int[Array, "B T"], cfg: ModelConfig) -> Angles:
+    """Cosines and sines of these positions, of full layers and of sliding ones."""
+    full = sliding = rope_lib.angles(cfg.rope, positions_BT, cfg.head_dim)
+    if cfg.rope_sliding != cfg.rope and any(w is not None for w in cfg.windows):
+        sliding = rope_lib.angles(cfg.rope_sliding, positions_BT, cfg.head_dim)
+    return full, sliding
+
+
 def forward(
     params: Params,
     tokens_BT: Int[Array, "B T"],
@@ -320,6 +328,7 @@ def forward(
     compute_dtype: Any = jnp.float32,
     remat: str = "none",
     dropout_key: Array | None = None,
+    angles: Angles | None = None,
 ) -> tuple[Float[Array, "B T D"], Any]:
     """Runs all layers; returns the hidden states after the final norm and the new layer state.
 
@@ -327,20 +336,18 @@ def forward(
     `params["layers"]` is a sequence of layers (`unstack_layers`), they are unrolled instead of
     scanned and `layer_state` is a sequence too: for decoding loops on few layers, where slicing the
     stack at every token would cost more than the layer. `remat` is "none", "full" or "dots".
-    `dropout_key` switches the adapters' dropout on.
+    `dropout_key` switches the adapters' dropout on. `angles` are `angles_of` the positions,
+    where the caller has them already.
     """
     if remat not in REMAT:
         raise ValueError(f"remat={remat!r}: choose one of {', '.join(REMAT)}")
     x_BTD = constrain(params["embed"][tokens_BT].astype(compute_dtype), "BTD")
-    full = rope_lib.angles(cfg.rope, positions_BT, cfg.head_dim)
-    sliding = full
-    if cfg.rope_sliding != cfg.rope and any(w is not None for w in cfg.windows):
-        sliding = rope_lib.angles(cfg.rope_sliding, positions_BT, cfg.head_dim)
+    full, sliding = angles_of(positions_BT, cfg) if angles is None else angles
 
     def block(x, layer, state, index, window):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        angles = full if window is None else sliding
-        return _block(x, layer, state, angles, window, cfg, attend, key)
+        turn = full if window is None else sliding
+        return _block(x, layer, state, turn, window, cfg, attend, key)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT[remat], static_argnums=(4,))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -123,6 +124,8 @@ def decode(
     key_B2 = sampling.request_keys(slots.seed, slots.request, slots.sample)
     ends_E = jnp.asarray(static.end_tokens, jnp.int32)
     started_B = slots.budget > 0
+    # outside the loop: inside, XLA would compute them anew for every head of every layer
+    angles_BI = decoder.angles_of(slots.length[:, None] + jnp.arange(static.chunk), static.model)
 
     def going(loop: _Loop) -> Bool[Array, ""]:
         finished = (started_B & ~loop.live_B).sum()
@@ -131,7 +134,7 @@ def decode(
 
     def advance(loop: _Loop) -> _Loop:
         step = loop.step
-        logits, layers = _next_logits(params, loop, slots.length, static)
+        logits, layers = _next_logits(params, loop, slots.length, angles_BI, static)
         forced_B = lax.dynamic_index_in_dim(slots.forced_IB, step, 0, keepdims=False)
         uniform_B2 = sampling.uniforms(key_B2, slots.generated + step)
         draw = sampling.sample(
@@ -166,7 +169,7 @@ def decode(
     return [kv.finish(layer, slots.length, static.chunk) for layer in loop.layers], loop.chunk
 
 
-def _next_logits(params, loop: _Loop, length_B, static: Static):
+def _next_logits(params, loop: _Loop, length_B, angles_BI, static: Static):
     """Logits of the token after `loop.token_B`, and the cache with that token in it.
 
     [B, V], or [V, B] where the weights are output first: turning them around would cost a fourth of
@@ -178,11 +181,13 @@ def _next_logits(params, loop: _Loop, length_B, static: Static):
     def attend(q_B1HC, k_B1NC, v_B1NC, layer, window):
         return kv.attend_step(q_B1HC, k_B1NC, v_B1NC, layer, place, window)
 
+    at_step = lambda x_BI: lax.dynamic_slice_in_dim(x_BI, loop.step, 1, axis=1)
     hidden_B1D, layers = decoder.forward(
         params,
         loop.token_B[:, None],
         (length_B + loop.step)[:, None],
         static.model,
+        angles=jax.tree.map(at_step, angles_BI),
         attend=attend,
         layer_state=loop.layers,
         compute_dtype=static.compute_dtype,

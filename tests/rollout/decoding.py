@@ -1,5 +1,7 @@
 """A tiny model, random requests, and plain one-by-one decoding to compare the engine with."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,13 +43,13 @@ def make_requests(count: int, seed: int = 0, n: int = 1, **sampling_options) -> 
     return requests
 
 
-@jax.jit
-def logits_of(params, tokens_BT):
+@functools.partial(jax.jit, static_argnums=2)
+def logits_of(params, tokens_BT, model=MODEL):
     """Logits of whole rows by the training forward, right-padded: no cache, no slots."""
     ones_BT = jnp.ones_like(tokens_BT)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden_BTD = decoder.hidden_states(params, tokens_BT, ones_BT, positions_BT, MODEL)
-    return decoder.logits(params, hidden_BTD, MODEL)
+    hidden_BTD = decoder.hidden_states(params, tokens_BT, ones_BT, positions_BT, model)
+    return decoder.logits(params, hidden_BTD, model)
 
 
 draw = jax.jit(sampling.sample, static_argnums=(3, 4))

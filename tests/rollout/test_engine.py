@@ -1,6 +1,7 @@
 """The engine against one-by-one decoding, and what it promises about slots, shapes and failures."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,12 @@ from decoding import ENDS, ENGINE, MODEL, logits_of, make_requests, one_by_one
 
 from sdjax.models import decoder
 from sdjax.models.attention import reference_attention
+from sdjax.models.rope import Rope
 from sdjax.parallel import make_mesh, single_device_mesh
 from sdjax.records import Request, SamplingParams
+from sdjax.rollout import programs
 from sdjax.rollout.engine import Engine
+from sdjax.rollout.table import Table
 
 
 def same(a, b) -> bool:
@@ -36,15 +40,20 @@ def test_slots_sample_what_one_by_one_decoding_samples(params, engine):
         assert ended or len(tokens) == request.sampling.max_new_tokens
 
 
-def test_log_probabilities_agree_with_the_trainers_forward(params, engine):
+@pytest.mark.parametrize("sliding_theta", [None, 100.0])
+def test_log_probabilities_agree_with_the_trainers_forward(params, engine, sliding_theta):
     """The drift that training logs is below 1e-4 in float32, in every response of a group."""
+    model = MODEL
+    if sliding_theta is not None:  # as olmo3 has it: sliding layers turn by their own frequencies
+        model = dataclasses.replace(MODEL, rope_sliding=Rope(theta=sliding_theta))
+        engine = Engine(model, ENGINE, single_device_mesh(), ENDS)
     requests = make_requests(6, seed=3, n=2, temperature=1.0, top_p=1.0, top_k=0)
     worst = 0.0
     for c in engine.generate(params, requests):
         prompt = requests[c.request_id].prompt_tokens
         row_1T = np.zeros((1, 64), np.int32)
         row_1T[0, : len(prompt) + len(c.tokens)] = [*prompt, *c.tokens]
-        logp_TV = jax.nn.log_softmax(logits_of(params, row_1T)[0])
+        logp_TV = jax.nn.log_softmax(logits_of(params, row_1T, model)[0])
         places = np.arange(len(prompt) - 1, len(prompt) - 1 + len(c.tokens))
         worst = max(worst, float(np.abs(logp_TV[places, c.tokens] - c.sampler_logp).max()))
         np.testing.assert_array_equal(c.sampler_logp, c.truncated_logp)
@@ -123,6 +132,15 @@ def test_no_compilation_after_the_warm_up(params):
     assert len(done) + engine.stats()["dropped"] == 12 and len(done) > 5
     engine.generate(params, requests[:1])  # one response: starts with fewer slots
     assert engine.compilations == expected
+
+
+def test_a_step_of_a_chunk_computes_no_cosines(params, engine):
+    """In the loop XLA would compute them for every head of every layer: they come from outside."""
+    layers = [engine._empty(4, 32) for _ in range(MODEL.n_layers)]
+    args = engine.prepare(params).params, layers, Table(4).slots(ENGINE.chunk), np.int32(4)
+    traced = jax.make_jaxpr(functools.partial(programs.decode, static=engine.static))(*args)
+    (loop,) = [e for e in traced.eqns if e.primitive.name == "while"]
+    assert " cos " in str(traced) and " cos " not in str(loop.params["body_jaxpr"])
 
 
 def _long(i: int) -> Request:
