@@ -49,6 +49,7 @@ import numpy as np
 
 FIRST_ID = 10
 BARE_STEPS = 8  # of bare products, in one compiled loop
+ROWS = (1, 2, 4, 8, 12, 16, 24, 32, 48)  # of bare steps, below the number of slots
 PROMPT_TOKENS = 512  # in a batch of bare products of prompts
 
 
@@ -296,13 +297,16 @@ def median_wall(runs) -> float:
 def sequential_seconds(lengths: np.ndarray, step_s: dict[int, float]) -> float:
     """Bare products when all responses start at once and each step has only the live rows.
 
-    `step_s` are seconds of a step by its rows. A response's tokens come one after the other, so
-    with few long ones left the weights are read for few rows, whatever the schedule.
+    `step_s` are seconds of a step by its rows; live rows take the cheapest step that holds them. A
+    response's tokens come one after the other, so with few long ones left the weights are read for
+    few rows, whatever the schedule.
     """
-    rows = sorted(step_s)
+    slots = max(step_s)
     live_T = (lengths[None] > np.arange(lengths.max())[:, None]).sum(1)
-    full_T = np.maximum(live_T / rows[-1], 1.0)  # more rows than slots: several full steps
-    return float((full_T * np.interp(live_T, rows, [step_s[r] for r in rows])).sum())
+    cheapest = lambda live: min(s for rows, s in step_s.items() if rows >= live)
+    full_T, rest_T = np.divmod(live_T, slots)  # more rows than slots: several full steps
+    rest_s = sum(cheapest(rest) for rest in rest_T if rest)
+    return float(full_T.sum() * step_s[slots] + rest_s)
 
 
 def run_limit(args) -> None:
@@ -324,7 +328,7 @@ def run_limit(args) -> None:
     params["layers"] = tuple(map(decoder.output_first, params["layers"]))
     first, runs = time_step(params, cfg, args.slots, seen, True)
     step_s = {args.slots: median_wall(runs)}
-    for rows in (n for n in (1, 2, 4, 8, 16, 32) if n < args.slots):
+    for rows in (n for n in ROWS if n < args.slots):
         step_s[rows] = median_wall(time_step(params, cfg, rows, seen, True)[1])
     tokens = int(lengths.sum())
     runs = [(wall * tokens / args.slots, cpu * tokens / args.slots) for wall, cpu in runs]
