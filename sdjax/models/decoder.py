@@ -310,7 +310,7 @@ REMAT = {
 
 
 def angles_of(positions_BT: Int[Array, "B T"], cfg: ModelConfig) -> Angles:
-    """Cosines and sines of these positions, of full layers and of sliding ones."""
+    """Cosines and sines of these positions, float32, of full layers and of sliding ones."""
     full = sliding = rope_lib.angles(cfg.rope, positions_BT, cfg.head_dim)
     if cfg.rope_sliding != cfg.rope and any(w is not None for w in cfg.windows):
         sliding = rope_lib.angles(cfg.rope_sliding, positions_BT, cfg.head_dim)
@@ -346,8 +346,8 @@ def forward(
 
     def block(x, layer, state, index, window):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-        turn = full if window is None else sliding
-        return _block(x, layer, state, turn, window, cfg, attend, key)
+        cos_sin = full if window is None else sliding
+        return _block(x, layer, state, cos_sin, window, cfg, attend, key)
 
     if remat != "none":
         block = jax.checkpoint(block, policy=REMAT[remat], static_argnums=(4,))
